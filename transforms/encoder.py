@@ -1,0 +1,465 @@
+"""BertLstmEncoder: a text through BERT, one LSTM layer and pooling to a vector of 256 numbers; knows no Beam."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from shutil import copyfile
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from transforms.checkpoint import (
+    BERT_FILE,
+    BERT_SUBFOLDER,
+    LSTM_FILE,
+    POOLINGS,
+    CheckpointConfig,
+    bert_folder,
+    check_sha256,
+    checkpoint_folder,
+    sha256_of,
+)
+from transforms.schema import EMBEDDING_DIM
+from transforms.tokenization import WindowTokenizer, padded_batches
+
+DEFAULT_MAX_TOKENS = 8192
+DEFAULT_WINDOW_TOKENS = 512
+
+MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
+"""Padded area of one BERT batch, by device: on a CPU what stays in its caches, on a GPU what fills it."""
+
+_BATCHES_PER_GROUP = 16
+"""BERT batches whose token embeddings are held at once, so that the LSTM steps through many texts together."""
+
+
+class EncodedTexts(NamedTuple):
+    """What a list of texts was encoded to.
+
+    Attributes:
+      vectors: (n, 256) float32, unit length where finite.
+      padded_tokens: (n,) int64, the area of the padded batches each text took up; its sum over the number of tokens
+        is the padding ratio.
+      window_tokens: (n,) int64, the tokens given to BERT, special tokens counted.
+    """
+
+    vectors: np.ndarray
+    padded_tokens: np.ndarray
+    window_tokens: np.ndarray
+
+
+class BertLstmEncoder(nn.Module):
+    """Encodes texts of any length as 256 numbers of unit length.
+
+    A text's tokens go through BERT in windows; the windows' contextual token embeddings, laid end to end, go
+    through one LSTM layer; its outputs are pooled and L2-normalised. So the LSTM carries context past BERT's window.
+
+    Args:
+      bert: any Hugging Face BertModel.
+      tokenizer: the BERT's WordPiece tokenizer.
+      lstm: one layer, one direction, from the BERT's width to 256; a new one, randomly initialised, where None.
+      pooling: `mean` of the LSTM's outputs, or its `last` state.
+      window_tokens: longest window given to BERT, special tokens counted; cut to the BERT's positions.
+      max_tokens: the most tokens of a text that are encoded, special tokens not counted.
+      bert_name: where the BERT comes from, if it can be loaded from there again.
+      bert_sha256: SHA-256 of its `model.safetensors`; computed where None.
+
+    Raises:
+      ValueError: the parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        bert: BertModel,
+        tokenizer: Tokenizer,
+        lstm: nn.LSTM | None = None,
+        pooling: str = "mean",
+        window_tokens: int = DEFAULT_WINDOW_TOKENS,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        bert_name: str | None = None,
+        bert_sha256: str | None = None,
+    ):
+        super().__init__()
+        width = bert.config.hidden_size
+        lstm = nn.LSTM(width, EMBEDDING_DIM) if lstm is None else lstm
+        if (lstm.input_size, lstm.hidden_size, lstm.num_layers, lstm.bidirectional, lstm.proj_size) != (
+            width,
+            EMBEDDING_DIM,
+            1,
+            False,
+            0,
+        ):
+            raise ValueError(f"the LSTM must be one plain layer from {width} to {EMBEDDING_DIM}, not {lstm}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}")
+        if tokenizer.get_vocab_size() > bert.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer knows {tokenizer.get_vocab_size()} tokens, the BERT only {bert.config.vocab_size}: "
+                "they do not belong together"
+            )
+        self.bert = bert
+        self.lstm = lstm
+        self.pooling = pooling
+        self.tokenizer = WindowTokenizer(
+            tokenizer, min(window_tokens, bert.config.max_position_embeddings), max_tokens
+        )
+        self.bert_name = bert_name
+        self._bert_sha256 = bert_sha256
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """The device its weights are on."""
+        return self.bert.embeddings.word_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type BERT computes in; the LSTM and the pooling always compute in float32."""
+        return self.bert.embeddings.word_embeddings.weight.dtype
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a text that are encoded."""
+        return self.tokenizer.max_tokens
+
+    def on(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> "BertLstmEncoder":
+        """Moves the encoder to a device, and BERT to a type; returns itself.
+
+        The LSTM stays in float32: over thousands of steps its state would gather the rounding of a smaller type.
+        """
+        self._bert_sha256 = self.bert_sha256  # Of the weights as they were loaded, before rounding.
+        self.bert.to(device=device, dtype=dtype)
+        self.lstm.to(device=device, dtype=torch.float32)
+        return self
+
+    # Model.
+
+    def token_embeddings(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Returns BERT's contextual token embeddings.
+
+        Args:
+          input_ids: (windows, length) int64.
+          attention_mask: (windows, length), 1 for tokens; None where nothing is padded.
+
+        Returns:
+          (windows, length, width) in `dtype`.
+        """
+        return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, windows_per_text: Sequence[int] | None = None
+    ) -> Tensor:
+        """Encodes padded windows.
+
+        Args:
+          input_ids: (windows, length) int64, from [CLS] to [SEP], padded on the right.
+          attention_mask: (windows, length), 1 for tokens; None where nothing is padded.
+          windows_per_text: how many successive windows make up each text; one where None.
+
+        Returns:
+          (texts, 256) float32 of unit length, differentiable.
+        """
+        token_embeddings = self.token_embeddings(input_ids, attention_mask)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        window_lengths = mask.sum(dim=1).cpu().numpy()
+        counts = np.ones(len(input_ids), dtype=np.int64) if windows_per_text is None else np.asarray(windows_per_text)
+        if counts.sum() != len(input_ids) or (counts < 1).any():
+            raise ValueError(f"windows_per_text {counts.tolist()} does not divide up {len(input_ids)} windows")
+        lengths = np.add.reduceat(window_lengths, np.cumsum(counts) - counts)
+        order = np.argsort(-lengths, kind="stable")
+        slots = _packed_slots(lengths[order])
+        # Token i of the text at rank r goes to slots[r][i].
+        rank_of_text = np.empty_like(order)
+        rank_of_text[order] = np.arange(len(order))
+        flat_slots = np.concatenate([slots.of_text(rank) for rank in rank_of_text])
+        tokens = token_embeddings[mask.bool()].float()
+        packed = torch.empty_like(tokens).index_copy(0, torch.from_numpy(flat_slots).to(tokens.device), tokens)
+        return self.pool(packed, slots)[torch.from_numpy(rank_of_text).to(tokens.device)]
+
+    def pool(self, packed_token_embeddings: Tensor, slots: "PackedSlots") -> Tensor:
+        """Runs the LSTM over whole texts and pools its outputs.
+
+        Args:
+          packed_token_embeddings: (tokens, width) float32 in the order that `slots` says.
+          slots: where each token of each text is; texts sorted by length, longest first.
+
+        Returns:
+          (texts, 256) float32 of unit length.
+        """
+        device = packed_token_embeddings.device
+        outputs, (last_state, _) = self.lstm(
+            PackedSequence(packed_token_embeddings, torch.from_numpy(slots.texts_at_step))
+        )
+        if self.pooling == "last":
+            pooled = last_state[0]
+        else:
+            ranks = torch.from_numpy(slots.rank_of_slot).to(device)
+            lengths = torch.from_numpy(slots.lengths).to(device)
+            sums = outputs.data.new_zeros(len(slots.lengths), EMBEDDING_DIM).index_add(0, ranks, outputs.data)
+            pooled = sums / lengths[:, None]
+        return nn.functional.normalize(pooled, dim=-1)
+
+    # Texts.
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], max_batch_tokens: int | None = None) -> np.ndarray:
+        """Encodes texts of any length; what lies past `max_tokens` is not seen.
+
+        Args:
+          texts: any number of strings; the empty one is encoded as [CLS][SEP].
+          max_batch_tokens: padded area of a BERT batch; by device where None.
+
+        Returns:
+          (n, 256) float32 of unit length, in the order of the texts.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of texts, not one text")
+        return self.encode_tokens([text.token_ids for text in self.tokenizer.tokenize(texts)], max_batch_tokens).vectors
+
+    @torch.inference_mode()
+    def encode_tokens(self, token_ids: Sequence[np.ndarray], max_batch_tokens: int | None = None) -> EncodedTexts:
+        """Encodes tokenized texts; a text alone gives the same vector as in any batch, up to rounding.
+
+        Args:
+          token_ids: each (num_tokens,), without special tokens.
+          max_batch_tokens: padded area of a BERT batch; by device where None.
+        """
+        budget = MAX_BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
+        windows = [self.tokenizer.windows(ids) for ids in token_ids]
+        lengths = np.array([sum(map(len, parts)) for parts in windows], dtype=np.int64)
+        vectors = np.empty((len(windows), EMBEDDING_DIM), dtype=np.float32)
+        padded_tokens = np.zeros(len(windows), dtype=np.int64)
+        for texts in _groups(lengths, budget * _BATCHES_PER_GROUP):
+            group = [windows[text] for text in texts]
+            vectors[texts], padded_tokens[texts] = self._encode_group(group, lengths[texts], budget)
+        return EncodedTexts(vectors, padded_tokens, lengths)
+
+    def _encode_group(
+        self, texts: list[list[np.ndarray]], lengths: np.ndarray, budget: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes texts that are sorted by length, longest first; returns vectors and padded tokens of each."""
+        slots = _packed_slots(lengths)
+        windows, text_of_window, slots_of_window = [], [], []
+        for rank, parts in enumerate(texts):
+            text_slots = slots.of_text(rank)
+            start = 0
+            for part in parts:
+                windows.append(part)
+                text_of_window.append(rank)
+                slots_of_window.append(text_slots[start : start + len(part)])
+                start += len(part)
+        width = self.bert.config.hidden_size
+        packed = torch.empty(int(lengths.sum()), width, dtype=torch.float32, device=self.device)
+        padded_tokens = np.zeros(len(texts), dtype=np.int64)
+        for batch in padded_batches(windows, budget, self.tokenizer.pad_id):
+            input_ids = torch.from_numpy(batch.input_ids).to(self.device)
+            mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(self.device)
+            embedded = self.token_embeddings(input_ids, mask)
+            tokens = embedded.flatten(0, 1) if mask is None else embedded[mask.bool()]
+            target = np.concatenate([slots_of_window[index] for index in batch.window_indices])
+            packed[torch.from_numpy(target).to(self.device)] = tokens.float()
+            for index in batch.window_indices:
+                padded_tokens[text_of_window[index]] += batch.input_ids.shape[1]
+        return self.pool(packed, slots).cpu().numpy(), padded_tokens
+
+    # Checkpoints.
+
+    @property
+    def bert_sha256(self) -> str:
+        """SHA-256 of the BERT's `model.safetensors`, as loaded or as it would be saved."""
+        if self._bert_sha256 is None:
+            self._bert_sha256 = hashlib.sha256(_serialized(self.bert)).hexdigest()
+        return self._bert_sha256
+
+    @property
+    def lstm_sha256(self) -> str:
+        """SHA-256 of the LSTM's weights as `save_pretrained` would write them."""
+        return hashlib.sha256(_serialized(self.lstm)).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 over everything a vector's meaning depends on.
+
+        That is BERT's and the LSTM's weights, tokenizer, pooling, window and `max_tokens`: vectors with the same
+        fingerprint can be compared, others not. Device, batch size and type of the numbers change nothing but rounding.
+        """
+        config = self.bert.config
+        parts = {
+            "bert": self.bert_sha256,
+            "bert_config": [config.num_attention_heads, config.hidden_act, config.layer_norm_eps],
+            "lstm": self.lstm_sha256,
+            "tokenizer": self.tokenizer.sha256(),
+            "pooling": self.pooling,
+            "window_tokens": self.tokenizer.window_tokens,
+            "max_tokens": self.max_tokens,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path = "default", max_tokens: int | None = None) -> "BertLstmEncoder":
+        """Loads a checkpoint on the CPU in float32.
+
+        Args:
+          checkpoint: a shipped checkpoint's name, a folder, or a gs:// folder.
+          max_tokens: in place of the checkpoint's own.
+
+        Raises:
+          FileNotFoundError: the checkpoint or its BERT is not there.
+          ValueError: a file is not what the checkpoint was made with.
+        """
+        folder = checkpoint_folder(str(checkpoint))
+        config = CheckpointConfig.read(folder)
+        check_sha256(folder / LSTM_FILE, config.lstm_sha256)
+        weights = safetensors.torch.load_file(folder / LSTM_FILE)
+        bert, tokenizer, bert_sha256 = load_bert(config.bert, folder)
+        if bert_sha256 != config.bert_sha256:
+            check_sha256(bert_folder(config.bert, folder) / BERT_FILE, config.bert_sha256)
+        lstm = nn.LSTM(bert.config.hidden_size, EMBEDDING_DIM)
+        try:
+            lstm.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{folder / LSTM_FILE} does not fit BERT {config.bert!r}: {error}") from error
+        return cls(
+            bert,
+            tokenizer,
+            lstm,
+            config.pooling,
+            config.window_tokens,
+            config.max_tokens if max_tokens is None else max_tokens,
+            bert_name=config.bert,
+            bert_sha256=bert_sha256,
+        )
+
+    @classmethod
+    def from_bert(cls, bert_name: str, pooling: str = "mean", window_tokens: int = DEFAULT_WINDOW_TOKENS) -> "BertLstmEncoder":
+        """Puts a new, randomly initialised LSTM on a pre-trained BERT.
+
+        Args:
+          bert_name: package, folder, gs:// folder or hub name of the BERT.
+          pooling: as in the constructor.
+          window_tokens: as in the constructor.
+        """
+        bert, tokenizer, bert_sha256 = load_bert(bert_name)
+        return cls(
+            bert, tokenizer, None, pooling, window_tokens, bert_name=bert_name, bert_sha256=bert_sha256
+        )
+
+    def save_pretrained(self, folder: str | Path, include_bert: bool | None = None) -> None:
+        """Writes a checkpoint that `from_pretrained` reads.
+
+        Args:
+          folder: made where missing.
+          include_bert: whether the BERT is saved too; where None, only if it has no name to be loaded by, or that
+            name is a folder relative to the old checkpoint.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if include_bert is None:
+            include_bert = self.bert_name is None or self.bert_name == BERT_SUBFOLDER
+        if include_bert:
+            self._save_bert(folder / BERT_SUBFOLDER)
+        (folder / LSTM_FILE).write_bytes(_serialized(self.lstm))
+        CheckpointConfig(
+            bert=BERT_SUBFOLDER if include_bert else str(self.bert_name),
+            bert_sha256=self.bert_sha256,
+            lstm_sha256=self.lstm_sha256,
+            pooling=self.pooling,
+            window_tokens=self.tokenizer.window_tokens,
+            max_tokens=self.max_tokens,
+        ).write(folder)
+
+    def _save_bert(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.bert.config.to_json_file(folder / "config.json")
+        (folder / "tokenizer.json").write_text(self.tokenizer.to_json(), encoding="utf-8")
+        weights = _serialized(self.bert)
+        if hashlib.sha256(weights).hexdigest() == self.bert_sha256:
+            (folder / BERT_FILE).write_bytes(weights)
+        else:
+            # Loaded from a file with other tensors too, a pooler say: the same weights keep the same SHA-256.
+            copyfile(bert_folder(str(self.bert_name)) / BERT_FILE, folder / BERT_FILE)
+
+
+def load_bert(name: str, checkpoint: Path | None = None) -> tuple[BertModel, Tokenizer, str]:
+    """Loads a BERT, its tokenizer and the SHA-256 of its weights.
+
+    Args:
+      name: package, folder, gs:// folder, hub name, or `bert` for the checkpoint's own.
+      checkpoint: the checkpoint's folder.
+
+    Raises:
+      FileNotFoundError: there is no such BERT.
+      ValueError: it is no BERT, or weights are missing.
+    """
+    folder = bert_folder(name, checkpoint)
+    config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")
+    # BertConfig reads any model's file; what it says it is decides.
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != "bert":
+        raise ValueError(f"{folder} holds a {model_type!r} model: a 'bert' is needed")
+    bert = BertModel(config, add_pooling_layer=False)
+    bert.load_state_dict(_bert_weights(folder / BERT_FILE, bert.state_dict().keys()))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True)
+    return bert, tokenizer.backend_tokenizer, sha256_of(folder / BERT_FILE)
+
+
+def _bert_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Reads the named weights from a file that may have others too and may write names as older BERTs do."""
+    weights = {}
+    for name, tensor in safetensors.torch.load_file(path).items():
+        name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
+        if name in names:
+            weights[name] = tensor
+    if missing := sorted(set(names) - set(weights)):
+        raise ValueError(f"{path} lacks {len(missing)} of the BERT's weights: {', '.join(missing[:3])} ...")
+    return weights
+
+
+def _serialized(module: nn.Module) -> bytes:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
+class PackedSlots(NamedTuple):
+    """Where the tokens of texts, sorted longest first, are in a PackedSequence's data.
+
+    Attributes:
+      lengths: (texts,) int64, descending.
+      texts_at_step: (longest,) int64, how many texts have a token at each step.
+      first_slot: (longest,) int64, the slot of each step's first token.
+      rank_of_slot: (tokens,) int64, the text that each slot belongs to.
+    """
+
+    lengths: np.ndarray
+    texts_at_step: np.ndarray
+    first_slot: np.ndarray
+    rank_of_slot: np.ndarray
+
+    def of_text(self, rank: int) -> np.ndarray:
+        """Returns the slots of a text's tokens, in their order."""
+        return self.first_slot[: self.lengths[rank]] + rank
+
+
+def _packed_slots(lengths: np.ndarray) -> PackedSlots:
+    steps = np.arange(lengths[0])
+    texts_at_step = np.searchsorted(-lengths, -steps, side="left").astype(np.int64)
+    first_slot = np.cumsum(texts_at_step) - texts_at_step
+    rank_of_slot = np.arange(texts_at_step.sum()) - np.repeat(first_slot, texts_at_step)
+    return PackedSlots(lengths, texts_at_step, first_slot, rank_of_slot)
+
+
+def _groups(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Yields the places of texts, longest first, in groups of at most `max_tokens` tokens or of one text."""
+    order = np.argsort(-lengths, kind="stable")
+    totals = np.cumsum(lengths[order])
+    start = 0
+    while start < len(order):
+        before = totals[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(totals, before + max_tokens, side="right")))
+        yield order[start:end]
+        start = end
