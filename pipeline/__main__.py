@@ -1,0 +1,93 @@
+"""Dispatches the commands; kept short, because Beam pickles what `__main__` defines by value."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "embed": "embed a corpus and publish a snapshot",
+    "search": "find the documents of a snapshot that are closest to a query",
+    "inspect": "say what a snapshot holds",
+    "train": "train the LSTM of a checkpoint",
+    "evaluate": "score a checkpoint on pairs of sentences that people rated",
+    "benchmark": "measure how fast this machine embeds",
+    "sample": "write the sample corpus to a file",
+}
+"""Modules of this package and what each does."""
+
+RUNNERS = {"local": "FnApiRunner", "prism": "prism", "flink": "flink", "dataflow": "dataflow"}
+"""Words for `embed` with a runner: word to `--runner`."""
+
+USER_ERRORS = (ValueError, OSError)
+"""What a command raises about its input; anything else is a bug and shows where it happened."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: the command and its options; those of this process where None.
+
+    Returns:
+      The exit status: 0 done; 1 failed, with a message; what else the command says.
+
+    Raises:
+      SystemExit: 2 for wrong usage, 0 after `--help`.
+    """
+    arguments = _parser().parse_args(argv)
+    name, options = arguments.command, arguments.options
+    if name in RUNNERS:
+        name, options = "embed", [f"--runner={RUNNERS[name]}", *options]
+    try:
+        status = _run(name, options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output (`inspect | head`) has seen enough; Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except USER_ERRORS as error:
+        if arguments.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _run(name: str, options: list[str]) -> int:
+    module = import_module(f"pipeline.{name}")  # Only now, so that help and mistakes are answered at once.
+    if name == "embed":  # It takes the options of Beam's runners too, and so parses them itself.
+        return module.main(options)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipeline {name}",
+        description=module.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, (*COMMANDS, *RUNNERS)))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    lines += [f"  {word:{width}}  embed --runner={runner}" for word, runner in RUNNERS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Embeds a text corpus, and re-embeds only what changed.",
+        epilog="commands (each has a --help of its own):\n" + "\n".join(lines),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--traceback", action="store_true", help="where a command fails, show where in the code")
+    parser.add_argument("command", choices=(*COMMANDS, *RUNNERS), metavar="COMMAND", help="one of those below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
