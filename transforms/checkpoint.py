@@ -50,7 +50,9 @@ class CheckpointConfig:
 
     def __post_init__(self):
         if self.format != CHECKPOINT_FORMAT:
-            raise ValueError(f"checkpoint format {self.format} is not {CHECKPOINT_FORMAT}: use the release that wrote it")
+            raise ValueError(
+                f"checkpoint format {self.format} is not {CHECKPOINT_FORMAT}: use the release that wrote it"
+            )
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling {self.pooling!r} is none of {', '.join(POOLINGS)}")
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from shutil import copyfile
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from transforms.checkpoint import (
     sha256_of,
 )
 from transforms.schema import EMBEDDING_DIM
-from transforms.tokenization import WindowTokenizer, padded_batches
+from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
 
 DEFAULT_MAX_TOKENS = 8192
 DEFAULT_WINDOW_TOKENS = 512
@@ -35,7 +35,10 @@ DEFAULT_WINDOW_TOKENS = 512
 MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Padded area of one BERT batch, by device: on a CPU what stays in its caches, on a GPU what fills it."""
 
-_BATCHES_PER_GROUP = 16
+MAX_PADDING_TOKENS = {"cpu": 48, "cuda": 4096}
+"""Padding of one BERT batch at most: what starting another batch costs, in the tokens encoded in that time."""
+
+BATCHES_PER_GROUP = 16
 """BERT batches whose token embeddings are held at once, so that the LSTM steps through many texts together."""
 
 
@@ -106,9 +109,7 @@ class BertLstmEncoder(nn.Module):
         self.bert = bert
         self.lstm = lstm
         self.pooling = pooling
-        self.tokenizer = WindowTokenizer(
-            tokenizer, min(window_tokens, bert.config.max_position_embeddings), max_tokens
-        )
+        self.tokenizer = WindowTokenizer(tokenizer, min(window_tokens, bert.config.max_position_embeddings), max_tokens)
         self.bert_name = bert_name
         self._bert_sha256 = bert_sha256
         self.eval()
@@ -173,7 +174,7 @@ class BertLstmEncoder(nn.Module):
             raise ValueError(f"windows_per_text {counts.tolist()} does not divide up {len(input_ids)} windows")
         lengths = np.add.reduceat(window_lengths, np.cumsum(counts) - counts)
         order = np.argsort(-lengths, kind="stable")
-        slots = _packed_slots(lengths[order])
+        slots = packed_slots(lengths[order])
         # Token i of the text at rank r goes to slots[r][i].
         rank_of_text = np.empty_like(order)
         rank_of_text[order] = np.arange(len(order))
@@ -235,7 +236,7 @@ class BertLstmEncoder(nn.Module):
         lengths = np.array([sum(map(len, parts)) for parts in windows], dtype=np.int64)
         vectors = np.empty((len(windows), EMBEDDING_DIM), dtype=np.float32)
         padded_tokens = np.zeros(len(windows), dtype=np.int64)
-        for texts in _groups(lengths, budget * _BATCHES_PER_GROUP):
+        for texts in groups_by_length(lengths, budget * BATCHES_PER_GROUP):
             group = [windows[text] for text in texts]
             vectors[texts], padded_tokens[texts] = self._encode_group(group, lengths[texts], budget)
         return EncodedTexts(vectors, padded_tokens, lengths)
@@ -244,7 +245,7 @@ class BertLstmEncoder(nn.Module):
         self, texts: list[list[np.ndarray]], lengths: np.ndarray, budget: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encodes texts that are sorted by length, longest first; returns vectors and padded tokens of each."""
-        slots = _packed_slots(lengths)
+        slots = packed_slots(lengths)
         windows, text_of_window, slots_of_window = [], [], []
         for rank, parts in enumerate(texts):
             text_slots = slots.of_text(rank)
@@ -257,7 +258,8 @@ class BertLstmEncoder(nn.Module):
         width = self.bert.config.hidden_size
         packed = torch.empty(int(lengths.sum()), width, dtype=torch.float32, device=self.device)
         padded_tokens = np.zeros(len(texts), dtype=np.int64)
-        for batch in padded_batches(windows, budget, self.tokenizer.pad_id):
+        max_padding_tokens = MAX_PADDING_TOKENS[self.device.type]
+        for batch in padded_batches(windows, budget, max_padding_tokens, self.tokenizer.pad_id):
             input_ids = torch.from_numpy(batch.input_ids).to(self.device)
             mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(self.device)
             embedded = self.token_embeddings(input_ids, mask)
@@ -336,7 +338,9 @@ class BertLstmEncoder(nn.Module):
         )
 
     @classmethod
-    def from_bert(cls, bert_name: str, pooling: str = "mean", window_tokens: int = DEFAULT_WINDOW_TOKENS) -> "BertLstmEncoder":
+    def from_bert(
+        cls, bert_name: str, pooling: str = "mean", window_tokens: int = DEFAULT_WINDOW_TOKENS
+    ) -> "BertLstmEncoder":
         """Puts a new, randomly initialised LSTM on a pre-trained BERT.
 
         Args:
@@ -345,9 +349,7 @@ class BertLstmEncoder(nn.Module):
           window_tokens: as in the constructor.
         """
         bert, tokenizer, bert_sha256 = load_bert(bert_name)
-        return cls(
-            bert, tokenizer, None, pooling, window_tokens, bert_name=bert_name, bert_sha256=bert_sha256
-        )
+        return cls(bert, tokenizer, None, pooling, window_tokens, bert_name=bert_name, bert_sha256=bert_sha256)
 
     def save_pretrained(self, folder: str | Path, include_bert: bool | None = None) -> None:
         """Writes a checkpoint that `from_pretrained` reads.
@@ -385,6 +387,27 @@ class BertLstmEncoder(nn.Module):
             copyfile(bert_folder(str(self.bert_name)) / BERT_FILE, folder / BERT_FILE)
 
 
+def load_tokenizer(checkpoint: str, max_tokens: int | None = None) -> WindowTokenizer:
+    """Loads only a checkpoint's tokenizer, for the machines that have no model.
+
+    Args:
+      checkpoint: as in `BertLstmEncoder.from_pretrained`.
+      max_tokens: as there.
+
+    Raises:
+      FileNotFoundError: the checkpoint or its BERT is not there.
+    """
+    folder = checkpoint_folder(checkpoint)
+    config = CheckpointConfig.read(folder)
+    tokenizer = _bert_tokenizer(bert_folder(config.bert, folder))
+    return WindowTokenizer(tokenizer, config.window_tokens, config.max_tokens if max_tokens is None else max_tokens)
+
+
+def _bert_tokenizer(folder: Path) -> Tokenizer:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True)
+    return tokenizer.backend_tokenizer
+
+
 def load_bert(name: str, checkpoint: Path | None = None) -> tuple[BertModel, Tokenizer, str]:
     """Loads a BERT, its tokenizer and the SHA-256 of its weights.
 
@@ -404,8 +427,7 @@ def load_bert(name: str, checkpoint: Path | None = None) -> tuple[BertModel, Tok
         raise ValueError(f"{folder} holds a {model_type!r} model: a 'bert' is needed")
     bert = BertModel(config, add_pooling_layer=False)
     bert.load_state_dict(_bert_weights(folder / BERT_FILE, bert.state_dict().keys()))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True)
-    return bert, tokenizer.backend_tokenizer, sha256_of(folder / BERT_FILE)
+    return bert, _bert_tokenizer(folder), sha256_of(folder / BERT_FILE)
 
 
 def _bert_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
@@ -445,21 +467,9 @@ class PackedSlots(NamedTuple):
         return self.first_slot[: self.lengths[rank]] + rank
 
 
-def _packed_slots(lengths: np.ndarray) -> PackedSlots:
+def packed_slots(lengths: np.ndarray) -> PackedSlots:
     steps = np.arange(lengths[0])
     texts_at_step = np.searchsorted(-lengths, -steps, side="left").astype(np.int64)
     first_slot = np.cumsum(texts_at_step) - texts_at_step
     rank_of_slot = np.arange(texts_at_step.sum()) - np.repeat(first_slot, texts_at_step)
     return PackedSlots(lengths, texts_at_step, first_slot, rank_of_slot)
-
-
-def _groups(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
-    """Yields the places of texts, longest first, in groups of at most `max_tokens` tokens or of one text."""
-    order = np.argsort(-lengths, kind="stable")
-    totals = np.cumsum(lengths[order])
-    start = 0
-    while start < len(order):
-        before = totals[start - 1] if start else 0
-        end = max(start + 1, int(np.searchsorted(totals, before + max_tokens, side="right")))
-        yield order[start:end]
-        start = end

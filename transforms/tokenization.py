@@ -134,13 +134,18 @@ def _prefix(text: str, chars: int) -> str:
     return text
 
 
-def padded_batches(windows: Sequence[np.ndarray], max_batch_tokens: int, pad_id: int) -> Iterator[WindowBatch]:
+def padded_batches(
+    windows: Sequence[np.ndarray], max_batch_tokens: int, max_padding_tokens: int, pad_id: int
+) -> Iterator[WindowBatch]:
     """Sorts windows by length and cuts them into batches by their padded area.
+
+    A batch ends where one row more would exceed the area, or where its padding would cost more than a batch costs.
 
     Args:
       windows: each (length,) int64.
       max_batch_tokens: the largest padded area (rows times longest row) of a batch; a window longer than that is
         a batch of its own.
+      max_padding_tokens: the most padding in a batch, in tokens; what one more batch costs in overhead.
       pad_id: the id that fills a row up.
 
     Yields:
@@ -155,6 +160,8 @@ def padded_batches(windows: Sequence[np.ndarray], max_batch_tokens: int, pad_id:
     while start < len(order):
         longest = int(lengths[order[start]])
         rows = order[start : start + max(1, max_batch_tokens // longest)]
+        padding = np.cumsum(longest - lengths[rows])
+        rows = rows[: max(1, int(np.searchsorted(padding, max_padding_tokens, side="right")))]
         start += len(rows)
         yield _padded([windows[row] for row in rows], rows, longest, pad_id)
 
@@ -167,3 +174,23 @@ def _padded(windows: Sequence[np.ndarray], indices: np.ndarray, length: int, pad
         return WindowBatch(indices, input_ids, None)
     lengths = np.array([len(window) for window in windows])
     return WindowBatch(indices, input_ids, (np.arange(length) < lengths[:, None]).astype(np.int64))
+
+
+def groups_by_length(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+    """Sorts texts by length and cuts them into groups by their sum.
+
+    Args:
+      lengths: (n,) int64, tokens of each text.
+      max_tokens: the most tokens of a group; a longer text is a group of its own.
+
+    Yields:
+      (k,) int64 places of texts, longest first; together each place once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    totals = np.cumsum(lengths[order])
+    start = 0
+    while start < len(order):
+        before = totals[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(totals, before + max_tokens, side="right")))
+        yield order[start:end]
+        start = end
