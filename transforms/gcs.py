@@ -1,0 +1,147 @@
+"""Google Cloud Storage: one client for the process, and objects that change only under a condition."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from typing import BinaryIO
+
+from google.api_core.exceptions import NotFound, PreconditionFailed
+from google.cloud import storage
+
+_READ_BYTES = 1 << 20
+"""Least bytes of one ranged read: Parquet footers and small columns are read in few requests, and little in vain."""
+
+_PARALLEL_DELETES = 16
+
+
+class ConflictError(Exception):
+    """A file was not written because another process had changed it in the meantime."""
+
+
+@lru_cache(maxsize=4)
+def _client(emulator: str | None, process_id: int) -> storage.Client:
+    # Without a project: buckets are named, never created or listed here. With an emulator the client is anonymous.
+    return storage.Client(project=None)
+
+
+def storage_client() -> storage.Client:
+    """Returns this process's client: anonymous with `STORAGE_EMULATOR_HOST`, else with the default credentials.
+
+    Raises:
+      google.auth.exceptions.DefaultCredentialsError: there are no credentials on this machine.
+    """
+    return _client(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid())
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Returns the bucket and the object name of gs://bucket/object; the object name may be empty.
+
+    Raises:
+      ValueError: the URL is not of this form.
+    """
+    bucket, _, name = url.removeprefix("gs://").partition("/")
+    if not url.startswith("gs://") or not bucket:
+        raise ValueError(f"{url!r} is not of the form gs://bucket/name")
+    return bucket, name
+
+
+def _blob(url: str) -> storage.Blob:
+    bucket, name = split_url(url)
+    return storage_client().bucket(bucket).blob(name)
+
+
+def read_with_generation(url: str) -> tuple[bytes, int] | None:
+    """Returns an object's bytes and their generation, or None where there is no such object."""
+    while True:
+        blob = _blob(url)
+        try:
+            blob.reload()
+            return blob.download_as_bytes(if_generation_match=blob.generation), blob.generation
+        except NotFound:
+            return None
+        except PreconditionFailed:
+            continue  # Replaced between the two requests.
+
+
+def create_exclusively(url: str, data: bytes) -> None:
+    """Creates an object unless there is one.
+
+    Args:
+      url: gs://bucket/name.
+      data: its content; unique to the caller, so that a request that was sent again because its answer got lost is
+        told from another process's.
+
+    Raises:
+      ConflictError: there is one with other content.
+    """
+    replace_if_generation(url, data, 0)
+
+
+def replace_if_generation(url: str, data: bytes, generation: int) -> None:
+    """Writes an object if it still has the generation that was read; 0 means that there is none.
+
+    Args:
+      url: gs://bucket/name.
+      data: its new content, unique to the caller as in `create_exclusively`.
+      generation: as `read_with_generation` returned it.
+
+    Raises:
+      ConflictError: the object has another generation, and other content than `data`.
+    """
+    try:
+        _blob(url).upload_from_string(data, "application/octet-stream", if_generation_match=generation)
+    except PreconditionFailed as error:
+        current = read_with_generation(url)
+        if current is None or current[0] != data:
+            raise ConflictError(
+                f"{url} was written by another process: its generation is no longer {generation}"
+            ) from error
+
+
+def open_for_reading(url: str) -> BinaryIO:
+    """Opens an object as a seekable file that reads ranges.
+
+    Raises:
+      FileNotFoundError: there is no such object.
+    """
+    blob = _blob(url)
+    try:
+        blob.reload()
+    except NotFound as error:
+        raise FileNotFoundError(f"there is no {url}") from error
+    return blob.open("rb", chunk_size=_READ_BYTES)
+
+
+def list_files(url: str) -> dict[str, int]:
+    """Returns the sizes in bytes of all objects under a folder, by their names relative to it."""
+    bucket, prefix = _folder_prefix(url)
+    blobs = storage_client().list_blobs(bucket, prefix=prefix, fields="items(name,size),nextPageToken")
+    return {blob.name.removeprefix(prefix): blob.size for blob in blobs if not blob.name.endswith("/")}
+
+
+def list_folders(url: str) -> list[str]:
+    """Returns the names of the folders right under a folder, sorted."""
+    bucket, prefix = _folder_prefix(url)
+    blobs = storage_client().list_blobs(bucket, prefix=prefix, delimiter="/", fields="prefixes,nextPageToken")
+    for _ in blobs.pages:
+        pass  # The prefixes are complete after the last page.
+    return sorted(folder.removeprefix(prefix).rstrip("/") for folder in blobs.prefixes)
+
+
+def delete_files(urls: Iterable[str]) -> None:
+    """Deletes objects; one that is not there is no error."""
+    with ThreadPoolExecutor(_PARALLEL_DELETES) as pool:
+        for _ in pool.map(_delete, urls):
+            pass
+
+
+def _delete(url: str) -> None:
+    with suppress(NotFound):  # Deleted by a request whose answer got lost, or by another process.
+        _blob(url).delete()
+
+
+def _folder_prefix(url: str) -> tuple[str, str]:
+    bucket, name = split_url(url)
+    return bucket, name.rstrip("/") + "/" if name else ""
