@@ -339,7 +339,11 @@ class BertLstmEncoder(nn.Module):
 
     @classmethod
     def from_bert(
-        cls, bert_name: str, pooling: str = "mean", window_tokens: int = DEFAULT_WINDOW_TOKENS
+        cls,
+        bert_name: str,
+        pooling: str = "mean",
+        window_tokens: int = DEFAULT_WINDOW_TOKENS,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> "BertLstmEncoder":
         """Puts a new, randomly initialised LSTM on a pre-trained BERT.
 
@@ -347,9 +351,12 @@ class BertLstmEncoder(nn.Module):
           bert_name: package, folder, gs:// folder or hub name of the BERT.
           pooling: as in the constructor.
           window_tokens: as in the constructor.
+          max_tokens: as in the constructor.
         """
         bert, tokenizer, bert_sha256 = load_bert(bert_name)
-        return cls(bert, tokenizer, None, pooling, window_tokens, bert_name=bert_name, bert_sha256=bert_sha256)
+        return cls(
+            bert, tokenizer, None, pooling, window_tokens, max_tokens, bert_name=bert_name, bert_sha256=bert_sha256
+        )
 
     def save_pretrained(self, folder: str | Path, include_bert: bool | None = None) -> None:
         """Writes a checkpoint that `from_pretrained` reads.
@@ -468,6 +475,7 @@ class PackedSlots(NamedTuple):
 
 
 def packed_slots(lengths: np.ndarray) -> PackedSlots:
+    """Lays out the tokens of texts as torch's packed sequences do; `lengths` (texts,) must be descending."""
     steps = np.arange(lengths[0])
     texts_at_step = np.searchsorted(-lengths, -steps, side="left").astype(np.int64)
     first_slot = np.cumsum(texts_at_step) - texts_at_step
