@@ -58,7 +58,8 @@ def read_with_generation(url: str) -> tuple[bytes, int] | None:
         blob = _blob(url)
         try:
             blob.reload()
-            return blob.download_as_bytes(if_generation_match=blob.generation), blob.generation
+            generation = blob.generation
+            return blob.download_as_bytes(if_generation_match=generation), generation
         except NotFound:
             return None
         except PreconditionFailed:
