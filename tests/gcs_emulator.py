@@ -4,8 +4,8 @@ The package ignores preconditions, so its storage is extended by them here. The 
 at once, where Google's libraries would otherwise search for some 20 seconds.
 """
 
+import io
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import HTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 import pytest
 from google.auth.credentials import AnonymousCredentials
-from google.cloud import storage
+from google.cloud.storage import Client
 
 _METADATA = {
     "project/project-id": "test-project",
@@ -50,9 +51,9 @@ class GcsEmulator:
             "GOOGLE_CLOUD_PROJECT": "test-project",
         }
 
-    def client(self) -> storage.Client:
+    def client(self) -> Client:
         """Returns a client of it, whatever the environment says."""
-        return storage.Client("test-project", AnonymousCredentials(), client_options={"api_endpoint": self.url})
+        return Client("test-project", AnonymousCredentials(), client_options={"api_endpoint": self.url})
 
     def create_bucket(self) -> str:
         """Creates a bucket of a new name and returns its gs:// URL."""
@@ -132,6 +133,7 @@ def _serve() -> None:
     class Handler(RequestHandler):
         disable_nagle_algorithm = True  # Else each answer waits 40 ms between its headers and its body.
         losing = False
+        wfile: Any
 
         def handle_one_request(self):
             try:
@@ -161,7 +163,7 @@ def _serve() -> None:
         def do_POST(self):
             if Handler.losing and "/upload/" in self.path:
                 Handler.losing = False
-                answer, self.wfile = self.wfile, open(os.devnull, "wb")
+                answer, self.wfile = self.wfile, io.BytesIO()
                 super().do_POST()
                 self.wfile = answer
                 self._headers_buffer = []

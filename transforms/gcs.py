@@ -1,14 +1,15 @@
 """Google Cloud Storage: one client for the process, and objects that change only under a condition."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import BinaryIO
 
-from google.api_core.exceptions import NotFound, PreconditionFailed
-from google.cloud import storage
+from google.api_core.exceptions import Forbidden, NotFound, PreconditionFailed, Unauthorized
+from google.auth.exceptions import DefaultCredentialsError
+from google.cloud.storage import Blob, Client
 
 _READ_BYTES = 1 << 20
 """Least bytes of one ranged read: Parquet footers and small columns are read in few requests, and little in vain."""
@@ -21,18 +22,24 @@ class ConflictError(Exception):
 
 
 @lru_cache(maxsize=4)
-def _client(emulator: str | None, process_id: int) -> storage.Client:
+def _client(emulator: str | None, process_id: int) -> Client:
     # Without a project: buckets are named, never created or listed here. With an emulator the client is anonymous.
-    return storage.Client(project=None)
+    return Client(project=None)
 
 
-def storage_client() -> storage.Client:
+def storage_client() -> Client:
     """Returns this process's client: anonymous with `STORAGE_EMULATOR_HOST`, else with the default credentials.
 
     Raises:
-      google.auth.exceptions.DefaultCredentialsError: there are no credentials on this machine.
+      PermissionError: there are no credentials on this machine.
     """
-    return _client(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid())
+    try:
+        return _client(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid())
+    except DefaultCredentialsError as error:
+        raise PermissionError(
+            "gs:// needs Google credentials, and this machine has none: run `gcloud auth application-default login`, "
+            "or set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
+        ) from error
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -47,7 +54,18 @@ def split_url(url: str) -> tuple[str, str]:
     return bucket, name
 
 
-def _blob(url: str) -> storage.Blob:
+@contextmanager
+def _errors_named(url: str) -> Iterator[None]:
+    """Raises what Google's library says about permissions and missing buckets as errors that name the URL."""
+    try:
+        yield
+    except (Forbidden, Unauthorized) as error:
+        raise PermissionError(f"{url}: these credentials do not allow it ({error.message})") from error
+    except NotFound as error:
+        raise FileNotFoundError(f"{url} does not exist ({error.message})") from error
+
+
+def _blob(url: str) -> Blob:
     bucket, name = split_url(url)
     return storage_client().bucket(bucket).blob(name)
 
@@ -57,10 +75,11 @@ def read_with_generation(url: str) -> tuple[bytes, int] | None:
     while True:
         blob = _blob(url)
         try:
-            blob.reload()
-            generation = blob.generation
-            return blob.download_as_bytes(if_generation_match=generation), generation
-        except NotFound:
+            with _errors_named(url):
+                blob.reload()
+                generation = blob.generation
+                return blob.download_as_bytes(if_generation_match=generation), generation
+        except FileNotFoundError:
             return None
         except PreconditionFailed:
             continue  # Replaced between the two requests.
@@ -90,9 +109,12 @@ def replace_if_generation(url: str, data: bytes, generation: int) -> None:
 
     Raises:
       ConflictError: the object has another generation, and other content than `data`.
+      FileNotFoundError: there is no such bucket.
+      PermissionError: the credentials do not allow it.
     """
     try:
-        _blob(url).upload_from_string(data, "application/octet-stream", if_generation_match=generation)
+        with _errors_named(url):
+            _blob(url).upload_from_string(data, "application/octet-stream", if_generation_match=generation)
     except PreconditionFailed as error:
         current = read_with_generation(url)
         if current is None or current[0] != data:
@@ -108,26 +130,26 @@ def open_for_reading(url: str) -> BinaryIO:
       FileNotFoundError: there is no such object.
     """
     blob = _blob(url)
-    try:
+    with _errors_named(url):
         blob.reload()
-    except NotFound as error:
-        raise FileNotFoundError(f"there is no {url}") from error
     return blob.open("rb", chunk_size=_READ_BYTES)
 
 
 def list_files(url: str) -> dict[str, int]:
     """Returns the sizes in bytes of all objects under a folder, by their names relative to it."""
     bucket, prefix = _folder_prefix(url)
-    blobs = storage_client().list_blobs(bucket, prefix=prefix, fields="items(name,size),nextPageToken")
-    return {blob.name.removeprefix(prefix): blob.size for blob in blobs if not blob.name.endswith("/")}
+    with _errors_named(url):
+        blobs = storage_client().list_blobs(bucket, prefix=prefix, fields="items(name,size),nextPageToken")
+        return {blob.name.removeprefix(prefix): blob.size for blob in blobs if not blob.name.endswith("/")}
 
 
 def list_folders(url: str) -> list[str]:
     """Returns the names of the folders right under a folder, sorted."""
     bucket, prefix = _folder_prefix(url)
-    blobs = storage_client().list_blobs(bucket, prefix=prefix, delimiter="/", fields="prefixes,nextPageToken")
-    for _ in blobs.pages:
-        pass  # The prefixes are complete after the last page.
+    with _errors_named(url):
+        blobs = storage_client().list_blobs(bucket, prefix=prefix, delimiter="/", fields="prefixes,nextPageToken")
+        for _ in blobs.pages:
+            pass  # The prefixes are complete after the last page.
     return sorted(folder.removeprefix(prefix).rstrip("/") for folder in blobs.prefixes)
 
 
@@ -139,7 +161,8 @@ def delete_files(urls: Iterable[str]) -> None:
 
 
 def _delete(url: str) -> None:
-    with suppress(NotFound):  # Deleted by a request whose answer got lost, or by another process.
+    # Not there: deleted by a request whose answer got lost, or by another process.
+    with suppress(FileNotFoundError), _errors_named(url):
         _blob(url).delete()
 
 

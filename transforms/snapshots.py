@@ -34,7 +34,7 @@ _SNAPSHOT_PREFIX = "snapshot="
 _RUN_PREFIX = "run="
 
 
-class SnapshotError(Exception):
+class SnapshotError(ValueError):
     """An output folder does not hold what was asked of it."""
 
 
