@@ -21,7 +21,7 @@ RUNNERS = {"local": "FnApiRunner", "prism": "prism", "flink": "flink", "dataflow
 """Words for `embed` with a runner: word to `--runner`."""
 
 USER_ERRORS = (ValueError, OSError)
-"""What a command raises about its input; anything else is a bug and shows where it happened."""
+"""What a command raises about its input, beside the errors this project defines; all else is a bug, and shows where."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (`inspect | head`) has seen enough; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except USER_ERRORS as error:
-        if arguments.traceback:
+    except Exception as error:
+        if arguments.traceback or not _is_for_users(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -56,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def _is_for_users(error: Exception) -> bool:
+    return isinstance(error, USER_ERRORS) or type(error).__module__.partition(".")[0] in ("pipeline", "transforms")
 
 
 def _run(name: str, options: list[str]) -> int:
