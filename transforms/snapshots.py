@@ -12,15 +12,18 @@ snapshot whose run lost against another one, or died between its manifest and LA
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms import storage
 from transforms.manifest import check_manifest
+from transforms.schema import EMBEDDING_DIM
 from transforms.storage import join
 
 LATEST_FILE = "LATEST"
@@ -29,6 +32,9 @@ WORK_FOLDER = ".work"
 
 NAME_FORMAT = "%Y%m%dT%H%M%SZ"
 """A snapshot's name is the UTC time at which its run began, so names sort by age."""
+
+BATCH_ROWS = 8192
+"""Rows that are read at once, 8 MiB of vectors."""
 
 _SNAPSHOT_PREFIX = "snapshot="
 _RUN_PREFIX = "run="
@@ -106,7 +112,7 @@ class Snapshot:
         return None
 
     def record_batches(
-        self, columns: Sequence[str] | None = None, batch_rows: int = 8192
+        self, columns: Sequence[str] | None = None, batch_rows: int = BATCH_ROWS
     ) -> Iterator[tuple[str, pa.RecordBatch]]:
         """Reads its rows, one batch in memory at a time.
 
@@ -121,16 +127,8 @@ class Snapshot:
           DamagedSnapshotError: a shard is missing or cannot be decoded.
         """
         for path in self.shard_paths:
-            with open_shard(path) as shard:
-                batches = shard.iter_batches(batch_rows, columns=columns)
-                while True:
-                    try:
-                        batch = next(batches, None)
-                    except (OSError, pa.ArrowInvalid) as error:
-                        raise DamagedSnapshotError(path, f"cannot be decoded ({error})") from error
-                    if batch is None:
-                        break
-                    yield path, batch
+            for batch in read_shard(path, columns, batch_rows):
+                yield path, batch
 
 
 # Paths and names.
@@ -283,8 +281,9 @@ def check_shards(snapshot: Snapshot) -> None:
             raise DamagedSnapshotError(path, f"has {sizes[shard['file']]} bytes, not {shard['bytes']}")
 
 
-def open_shard(path: str) -> pq.ParquetFile:
-    """Opens a shard for reading; the caller closes it.
+@contextmanager
+def open_shard(path: str) -> Iterator[pq.ParquetFile]:
+    """Opens a shard for reading; a context that closes it.
 
     Raises:
       DamagedSnapshotError: it is missing or is not Parquet.
@@ -293,11 +292,44 @@ def open_shard(path: str) -> pq.ParquetFile:
         file = storage.open_for_reading(path)
     except FileNotFoundError as error:
         raise DamagedSnapshotError(path, "is missing") from error
-    try:
-        return pq.ParquetFile(file, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        file.close()
-        raise DamagedSnapshotError(path, f"is not Parquet ({error})") from error
+    with file:
+        try:
+            shard = pq.ParquetFile(file, page_checksum_verification=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DamagedSnapshotError(path, f"is not Parquet ({error})") from error
+        yield shard
+
+
+def read_shard(
+    path: str, columns: Sequence[str] | None = None, batch_rows: int = BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Reads a shard's rows in order, one batch in memory at a time.
+
+    Args:
+      path: the shard.
+      columns: the names of those to read; all where None.
+      batch_rows: the most rows of a batch.
+
+    Raises:
+      DamagedSnapshotError: it is missing or cannot be decoded.
+    """
+    with open_shard(path) as shard:
+        batches = shard.iter_batches(batch_rows, columns=columns)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise DamagedSnapshotError(path, f"cannot be decoded ({error})") from error
+            if batch is None:
+                return
+            yield batch
+
+
+def embeddings_of(batch: pa.RecordBatch) -> np.ndarray:
+    """Returns the vectors of a batch, (rows, 256) float32."""
+    column = batch.column("embedding")
+    numbers = column.values.slice(column.offset * EMBEDDING_DIM, len(column) * EMBEDDING_DIM)
+    return numbers.to_numpy(zero_copy_only=False).reshape(-1, EMBEDDING_DIM)
 
 
 # Work in progress.

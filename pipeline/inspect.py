@@ -1,0 +1,220 @@
+"""Says what a snapshot holds, checks that it is whole, or tells two of them apart."""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.search import read_snapshot_of
+from pipeline.text_table import text_table
+from transforms.audit import audit
+from transforms.diff import CATEGORIES, diff
+from transforms.schema import REJECT_REASONS
+from transforms.snapshots import Snapshot, embeddings_of, list_published, read_shard, read_snapshot
+
+SAMPLED_SHARDS = 8
+SAMPLED_ROWS_PER_SHARD = 12_500
+"""Norms and tokens are measured on the first so many rows of so many shards: 100,000 rows at most."""
+
+_LISTED_SHARDS = 8
+_SHOWN_NUMBERS = 4
+_SHOWN_FAULTS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("output", nargs="?", default="output", metavar="DIR", help="local or gs:// (default: output)")
+    parser.add_argument("--snapshot", metavar="NAME", help="a published snapshot (default: the latest)")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--check",
+        action="store_true",
+        help="read everything and verify it: checksums, rows, schema, finite vectors of length 1, unique ids, rejected "
+        "records; exit status 1 where something is wrong",
+    )
+    instead.add_argument(
+        "--diff",
+        nargs=2,
+        metavar=("A", "B"),
+        help="say which ids were added, changed, deleted or re-encoded from snapshot A to B; needs temporary space, "
+        "about 150 bytes for each row of both",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what was asked for.
+
+    Returns:
+      0, or 1 where `--check` found faults.
+
+    Raises:
+      ValueError: there is no such snapshot, or it is damaged.
+    """
+    if arguments.rows < 0:
+        raise ValueError(f"--rows must be at least 0, not {arguments.rows}")
+    if arguments.diff:
+        return _print_diff(arguments)
+    snapshot = read_snapshot_of(arguments.output, arguments.snapshot)
+    if arguments.check:
+        return _print_check(snapshot, arguments.json)
+    description = describe(snapshot, arguments.rows)
+    print(_as_json(description) if arguments.json else _as_text(snapshot, description))
+    return 0
+
+
+def describe(snapshot: Snapshot, num_rows: int) -> dict[str, Any]:
+    """Returns what a snapshot holds.
+
+    Args:
+      snapshot: which.
+      num_rows: rows to show.
+
+    Returns:
+      The manifest, with the `schema` and footer `metadata` of the shards, `norms` and `num_tokens` (min, mean, max) of
+      the `sampled_rows`, the first `rows`, and the names of all `published` snapshots.
+    """
+    schema = snapshot.schema() or pa.schema([])
+    return {
+        **snapshot.manifest,
+        "folder": snapshot.folder,
+        "published": list_published(snapshot.output),
+        "schema": {field.name: str(field.type) for field in schema},
+        "metadata": {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()},
+        **_statistics(snapshot),
+        "rows": list(itertools.islice(_rows(snapshot), num_rows)),
+    }
+
+
+def _statistics(snapshot: Snapshot) -> dict[str, Any]:
+    paths = snapshot.shard_paths
+    places = np.linspace(0, len(paths) - 1, min(len(paths), SAMPLED_SHARDS)).astype(int)
+    norms, num_tokens = [np.empty(0)], [np.empty(0, dtype=np.int64)]
+    for path in (paths[place] for place in places):
+        left = SAMPLED_ROWS_PER_SHARD
+        for batch in read_shard(path, ["embedding", "num_tokens"]):
+            part = batch.slice(0, left)
+            norms.append(np.linalg.norm(embeddings_of(part).astype(np.float64), axis=1))
+            num_tokens.append(part.column("num_tokens").to_numpy())
+            left -= len(part)
+            if left == 0:
+                break
+    return {
+        "sampled_rows": sum(map(len, norms)),
+        "norms": _spread(np.concatenate(norms)),
+        "num_tokens": _spread(np.concatenate(num_tokens)),
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    return {"min": values.min().item(), "mean": values.mean().item(), "max": values.max().item()}
+
+
+def _rows(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
+    for _, batch in snapshot.record_batches(batch_rows=64):
+        yield from batch.to_pylist()
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def _as_text(snapshot: Snapshot, description: Mapping[str, Any]) -> str:
+    manifest, sampled = snapshot.manifest, description["sampled_rows"]
+    encoder = manifest["encoder"]
+    sections = [
+        text_table(
+            ["snapshot", snapshot.name],
+            [
+                ["in", snapshot.folder],
+                ["created", manifest["created"]],
+                ["made from", manifest["previous"] or "nothing"],
+                ["took", f"{manifest['seconds']:,.1f} seconds, {manifest['runner']}"],
+                ["published here", f"{len(description['published'])} snapshots"],
+            ],
+            indent="",
+        ),
+        "encoder\n" + text_table(["fingerprint", encoder["fingerprint"][:16] + "…"], _encoder_rows(encoder)),
+        "counts\n" + text_table(["", "documents"], [[name, count] for name, count in manifest["counts"].items()]),
+    ]
+    if manifest["rejected_by_reason"]:
+        rejected = manifest["rejected_by_reason"].items()
+        rows = [[reason, count, REJECT_REASONS.get(reason, "")] for reason, count in rejected]
+        sections.append("rejected\n" + text_table(["reason", "records", "because"], rows))
+    shards = manifest["shards"]
+    listed = [[shard["file"], shard["rows"], shard["bytes"]] for shard in shards[:_LISTED_SHARDS]]
+    if len(shards) > _LISTED_SHARDS:
+        rest = shards[_LISTED_SHARDS:]
+        listed.append([f"{len(rest)} more", sum(s["rows"] for s in rest), sum(s["bytes"] for s in rest)])
+    sections.append(f"shards: {len(shards)}\n" + text_table(["file", "rows", "bytes"], listed))
+    if shards:
+        sections.append("schema\n" + text_table(["column", "type"], list(description["schema"].items())))
+        spreads = [[name, *map(float, description[name].values())] for name in ("norms", "num_tokens")]
+        sections.append(
+            f"measured on {sampled:,} of {snapshot.num_rows:,} rows\n" + text_table(["", "min", "mean", "max"], spreads)
+        )
+    if description["rows"]:
+        names = list(description["rows"][0])
+        shown = [[_shown(row[name]) for name in names] for row in description["rows"]]
+        sections.append(f"first {len(shown)} rows\n" + "\n".join(_vertical(names, row) for row in shown))
+    return "\n\n".join(sections)
+
+
+def _encoder_rows(encoder: Mapping[str, Any]) -> list[list[Any]]:
+    return [[name, value] for name, value in encoder.items() if name != "fingerprint"]
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > _SHOWN_NUMBERS:
+        return f"[{', '.join(_number(item) for item in value[:_SHOWN_NUMBERS])}, … {len(value)} in all]"
+    return value
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _vertical(names: list[str], values: list[Any]) -> str:
+    # One line a column: side by side, the hashes alone would fill the screen.
+    return text_table(
+        [names[0], str(values[0])], [[name, str(value)] for name, value in zip(names[1:], values[1:], strict=True)]
+    )
+
+
+def _print_check(snapshot: Snapshot, as_json: bool) -> int:
+    faults = list(audit(snapshot))
+    if as_json:
+        print(_as_json({"snapshot": snapshot.name, "faults": faults}))
+    elif not faults:
+        print(f"{snapshot.folder} is whole: {len(snapshot.shard_paths)} shards, {snapshot.num_rows:,} rows")
+    else:
+        print(f"{snapshot.folder} has {len(faults)} faults:")
+        print("\n".join(f"  {fault}" for fault in faults[:_SHOWN_FAULTS]))
+        if len(faults) > _SHOWN_FAULTS:
+            print(f"  and {len(faults) - _SHOWN_FAULTS} more")
+    return 1 if faults else 0
+
+
+def _print_diff(arguments: argparse.Namespace) -> int:
+    before, after = (read_snapshot(arguments.output, name) for name in arguments.diff)
+    found = diff(before, after)
+    if arguments.json:
+        print(
+            _as_json({"before": before.name, "after": after.name, "counts": found.counts, "examples": found.examples})
+        )
+        return 0
+    rows = [[category, found.counts[category], meaning] for category, meaning in CATEGORIES.items()]
+    print(f"from {before.name} to {after.name}")
+    print(text_table(["", "ids", "meaning"], rows))
+    for category, ids in found.examples.items():
+        if ids:
+            more = found.counts[category] - len(ids)
+            print(f"\n{category}\n  " + "\n  ".join([*ids, *([f"and {more:,} more"] if more else [])]))
+    return 0
