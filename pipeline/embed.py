@@ -1,0 +1,211 @@
+"""Embeds a corpus: plans the job from its options, runs it on a Beam runner, and prints a summary."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
+
+from pipeline.graph import Job, build
+from pipeline.options import EmbedOptions, parse
+from pipeline.progress_line import ProgressLine
+from pipeline.runners import is_in_process
+from pipeline.sample import write_sample
+from pipeline.summary import summary
+from transforms import storage
+from transforms.encoder import BertLstmEncoder
+from transforms.hardware import resolve_device, resolve_dtype
+from transforms.publish import abandon, check_not_overtaken, claim
+from transforms.read import ReadDocuments, plan_inputs
+from transforms.reconcile import REPORT_FILE, Run
+from transforms.schema import output_schema
+from transforms.snapshots import (
+    MANIFEST_FILE,
+    Snapshot,
+    check_shards,
+    is_published,
+    latest_version,
+    list_work,
+    read_latest,
+)
+
+PUBLISHED, FAILED, NOT_PUBLISHED = 0, 1, 3
+"""Exit statuses; 2 is wrong usage."""
+
+_PACKAGES = ("apache-beam", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "embed-corpus")
+
+
+class JobError(Exception):
+    """The job ran and failed."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `embed` with command-line options; returns the exit status."""
+    return embed(parse(argv))
+
+
+def embed(options: EmbedOptions) -> int:
+    """Embeds a corpus and publishes a snapshot.
+
+    Returns:
+      `PUBLISHED`, or `NOT_PUBLISHED` where too much was rejected or the counts disagree.
+
+    Raises:
+      ValueError: an option does not fit the input, or the checkpoint is damaged.
+      OSError: an input, a checkpoint or the output cannot be read or written.
+      SnapshotError: the last snapshot is damaged, or another run published first.
+      JobError: the pipeline failed.
+    """
+    job = plan(options)
+    run = job.run
+    finished = False
+    try:
+        with ProgressLine(is_in_process(options.runner)):
+            _run(job, options)
+        finished = True
+    finally:
+        if not finished:
+            _clean_up(run)
+    manifest = _outcome(run)
+    print(summary(run.folder, manifest))
+    return NOT_PUBLISHED if "not_published" in manifest else PUBLISHED
+
+
+def plan(options: EmbedOptions) -> Job:
+    """Checks options against the machine, the input, the checkpoint and the output, and claims a snapshot's name."""
+    started = time.time()
+    if is_in_process(options.runner):  # Elsewhere the workers' hardware decides, when they load the model.
+        resolve_dtype(options.dtype, resolve_device(options.device))
+    storage.check_url(options.output)
+    encoder = describe_encoder(options.checkpoint, options.max_tokens)
+    patterns = options.input or (str(write_sample(_cache_folder())),)
+    inputs = plan_inputs(
+        patterns,
+        options.input_format,
+        options.text_field,
+        options.id_field,
+        options.keep_fields or (() if options.input else _SAMPLE_FIELDS),
+    )
+    schema = output_schema(inputs.kept_fields, {f"encoder.{name}": str(value) for name, value in encoder.items()})
+    token = latest_version(options.output)
+    latest = None if options.full else _latest(options.output)
+    unfinished = [] if options.full else list_work(options.output)
+    name = claim(options.output, datetime.fromtimestamp(started, timezone.utc), token)
+    run = Run(
+        output=options.output,
+        name=name,
+        token=token,
+        started=started,
+        created=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        runner=options.runner,
+        encoder=encoder,
+        versions={"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+        options=_described(options),
+        max_rejected_fraction=options.max_rejected_fraction,
+        keep_snapshots=options.keep_snapshots,
+        finished_work=[*list_work(options.output), name],
+        seconds_per_token=latest.manifest.get("seconds_per_token") if latest else None,
+    )
+    return Job(
+        run=run,
+        read=ReadDocuments.from_plan(inputs, max_document_bytes=options.max_document_bytes),
+        schema=schema,
+        rows_per_shard=options.rows_per_shard,
+        compression=options.compression,
+        checkpoint=options.checkpoint,
+        max_tokens=options.max_tokens,
+        device=options.device,
+        dtype=options.dtype,
+        max_batch_tokens=options.max_batch_tokens,
+        num_threads=_threads_per_process(options),
+        previous_shards=latest.shard_paths if latest else [],
+        previous_encoder=latest.fingerprint if latest else None,
+        unfinished=unfinished,
+    )
+
+
+def describe_encoder(checkpoint: str, max_tokens: int | None) -> dict[str, Any]:
+    """Returns what a manifest says about a checkpoint's encoder; dtype and device are known only to the workers."""
+    encoder = BertLstmEncoder.from_pretrained(checkpoint, max_tokens)
+    return {
+        "fingerprint": encoder.fingerprint(),
+        "checkpoint": checkpoint,
+        "bert": encoder.bert_name,
+        "bert_sha256": encoder.bert_sha256,
+        "lstm_sha256": encoder.lstm_sha256,
+        "pooling": encoder.pooling,
+        "window": encoder.tokenizer.window_tokens,
+        "max_tokens": encoder.max_tokens,
+    }
+
+
+_SAMPLE_FIELDS = ("module", "kind")
+
+
+def _cache_folder() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "embed-corpus")
+
+
+def _latest(output: str) -> Snapshot | None:
+    latest = read_latest(output)
+    if latest is not None:
+        check_shards(latest)
+    return latest
+
+
+def _described(options: EmbedOptions) -> dict[str, Any]:
+    described = dict(vars(options))
+    del described["beam_options"]  # They can hold credentials.
+    return described
+
+
+def _threads_per_process(options: EmbedOptions) -> int | None:
+    """Returns how many threads each local worker process computes with; without it, each would use every core."""
+    direct = PipelineOptions(list(options.beam_options)).view_as(DirectOptions)
+    processes = direct.direct_num_workers if direct.direct_running_mode == "multi_processing" else 1
+    if processes == 1:
+        return None
+    cores = os.cpu_count() or 1
+    return max(1, cores // (processes or cores))
+
+
+def _run(job: Job, options: EmbedOptions) -> None:
+    pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_options)))
+    build(pipeline, job)
+    try:
+        result = pipeline.run()
+        state = result.wait_until_finish()
+    except Exception as error:
+        check_not_overtaken(job.run.output, job.run.token)
+        raise JobError(root_cause(error)) from error
+    if state not in (None, "DONE"):
+        raise JobError(f"the runner says the job ended {state}")
+
+
+def root_cause(error: BaseException) -> str:
+    """Returns what went wrong in a worker, without the layers that Beam puts around it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    # A worker's error arrives as the text of its traceback: the message is its last line.
+    return lines[-1] if lines else repr(error)
+
+
+def _clean_up(run: Run) -> None:
+    """Removes what a failed run wrote, but for its saved work; a published snapshot stays."""
+    if not is_published(run.output, run.name):
+        abandon(run.output, run.name)
+
+
+def _outcome(run: Run) -> dict[str, Any]:
+    """Returns the manifest of a run, published or not."""
+    for name in (MANIFEST_FILE, REPORT_FILE):
+        found = storage.read_versioned(f"{run.folder}/{name}")
+        if found is not None:
+            return json.loads(found.data)
+    raise JobError(f"the job ended without {MANIFEST_FILE} or {REPORT_FILE} in {run.folder}")

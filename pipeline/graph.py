@@ -1,0 +1,155 @@
+"""Wires the job's transforms into one Beam pipeline: read, one per id, one per text, encode, write, publish."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import apache_beam as beam
+import pyarrow as pa
+
+from transforms.incremental import (
+    HandOutVectors,
+    KnownVector,
+    MatchTexts,
+    ResolveIds,
+    SplitOffTexts,
+    TextToEncode,
+    Unusable,
+)
+from transforms.inference import Encoded, EncodeDocuments, EncoderModelHandler, Failed
+from transforms.known_vectors import ReadKnownVectors, WorkSaver
+from transforms.read import ReadDocuments
+from transforms.reconcile import PublishSnapshot, Run
+from transforms.schema import Document
+from transforms.snapshots import work_folder
+from transforms.write import WriteEmbeddings, WriteRejected
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the pipeline is built from.
+
+    Attributes:
+      run: the run.
+      read: the transform that reads the corpus.
+      schema: of the shards.
+      rows_per_shard: the most rows of a file.
+      compression: Parquet codec.
+      checkpoint: the encoder's.
+      max_tokens: the most tokens of a text; the checkpoint's own where None.
+      device: where BERT runs.
+      dtype: its number type.
+      max_batch_tokens: padded area of a batch; by device where None.
+      num_threads: CPU threads of the encoder in each process; all cores where None.
+      previous_shards: of the last snapshot; none where there is none, or where it is ignored.
+      previous_encoder: fingerprint of the last snapshot; None where there is none.
+      unfinished: names of the runs whose saved work is taken up.
+    """
+
+    run: Run
+    read: ReadDocuments
+    schema: pa.Schema
+    rows_per_shard: int
+    compression: str
+    checkpoint: str
+    max_tokens: int | None
+    device: str
+    dtype: str
+    max_batch_tokens: int | None
+    num_threads: int | None
+    previous_shards: Sequence[str]
+    previous_encoder: str | None
+    unfinished: Sequence[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """The encoder's."""
+        return self.run.encoder["fingerprint"]
+
+
+def build(pipeline: beam.Pipeline, job: Job) -> None:
+    """Adds the job to a pipeline."""
+    documents, unreadable = pipeline | "ReadDocuments" >> job.read
+    previous_ids, known = pipeline | "ReadKnownVectors" >> ReadKnownVectors(
+        job.previous_shards,
+        job.previous_encoder == job.fingerprint,
+        [work_folder(job.run.output, name) for name in job.unfinished],
+        job.fingerprint,
+    )
+    references, texts = documents | "SplitOffTexts" >> SplitOffTexts()
+    winners, duplicates, repeated, deleted = (
+        (references, previous_ids) | "FlattenIds" >> beam.Flatten() | "ResolveIds" >> ResolveIds()
+    )
+    known_rows, to_encode, waiting = (
+        (winners, texts, known) | "FlattenTexts" >> beam.Flatten() | "MatchTexts" >> MatchTexts()
+    )
+    encoded, failed = (
+        to_encode
+        | "ToDocument" >> beam.Map(_document_of)
+        | "EncodeDocuments" >> EncodeDocuments(_handler(job), job.checkpoint, job.max_tokens)
+    )
+    outcomes = (
+        encoded | "ToVector" >> beam.Map(_vector_of),
+        failed | "ToUnusable" >> beam.Map(_unusable_of),
+    ) | "FlattenOutcomes" >> beam.Flatten()
+    new_rows, unencodable = (outcomes, waiting) | "HandOutVectors" >> HandOutVectors()
+
+    rows = (known_rows, new_rows) | "FlattenRows" >> beam.Flatten()
+    rejected = (unreadable, duplicates, unencodable) | "FlattenRejected" >> beam.Flatten()
+    shards = (rows, winners | "CountRows" >> beam.combiners.Count.Globally()) | "WriteEmbeddings" >> WriteEmbeddings(
+        job.run.folder, job.schema, job.rows_per_shard, job.compression
+    )
+    rejected_files = (
+        rejected,
+        rejected | "CountRejected" >> beam.combiners.Count.Globally(),
+    ) | "WriteRejected" >> WriteRejected(job.run.folder, job.rows_per_shard)
+    tallies = (
+        documents | "TallyDocuments" >> beam.Map(_tally, "read"),
+        unreadable | "TallyUnreadable" >> beam.Map(_tally, "read"),
+        repeated | "TallyRepeated" >> beam.Map(_tally, "repeated"),
+        deleted | "TallyDeleted" >> beam.Map(_tally, "deleted"),
+        encoded | "TallyEncoded" >> beam.FlatMap(_encoded_tallies),
+    ) | "FlattenTallies" >> beam.Flatten()
+    _ = (shards, rejected_files, tallies) | "PublishSnapshot" >> PublishSnapshot(job.run)
+
+
+def _handler(job: Job) -> EncoderModelHandler:
+    return EncoderModelHandler(
+        job.checkpoint,
+        job.max_tokens,
+        job.device,
+        job.dtype,
+        job.max_batch_tokens,
+        num_threads=job.num_threads,
+        expected_fingerprint=job.fingerprint,
+        on_encoded=WorkSaver(work_folder(job.run.output, job.run.name), job.fingerprint),
+    )
+
+
+_CARRIED = "text_to_encode"
+"""Name of the field in which a text's references pass through the encoder."""
+
+
+def _document_of(text: TextToEncode) -> Document:
+    first = text.references[0]
+    return Document(first.content_hash, text.text, first.source, first.position, {_CARRIED: text._replace(text="")})
+
+
+def _vector_of(encoded: Encoded) -> tuple[TextToEncode, KnownVector]:
+    vector = KnownVector(encoded.vector, encoded.encoder, encoded.num_tokens, encoded.truncated, "encoded")
+    return encoded.document.fields[_CARRIED], vector
+
+
+def _unusable_of(failed: Failed) -> tuple[TextToEncode, Unusable]:
+    return failed.document.fields[_CARRIED], Unusable(failed.reason, failed.detail)
+
+
+def _tally(_, name: str) -> tuple[str, int]:
+    return name, 1
+
+
+def _encoded_tallies(encoded: Encoded) -> Iterator[tuple[str, float]]:
+    yield "texts_encoded", 1
+    yield "tokens", encoded.window_tokens
+    yield "padded_tokens", encoded.padded_tokens
+    yield "encode_seconds", encoded.encode_seconds
+    yield f"device {encoded.device}", 1

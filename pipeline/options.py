@@ -1,0 +1,251 @@
+"""Every option of the embedding job, checked before anything runs."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipeline.runners import runner_options
+from transforms.hardware import DEVICES, DTYPES
+from transforms.read import INPUT_FORMATS, MAX_DOCUMENT_BYTES
+from transforms.write import COMPRESSIONS, ROWS_PER_SHARD
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """The options of the job, by their names on the command line.
+
+    Attributes:
+      input: globs; empty for the sample corpus.
+      input_format: auto, text, jsonl, csv, parquet or file.
+      text_field: fields whose values make up the text; None where not given.
+      id_field: the field of the id; None where not given.
+      keep_fields: fields to copy, each `name` or `name:type`.
+      max_document_bytes: the longest record.
+      output: folder of the snapshots.
+      rows_per_shard: the most rows of a file.
+      compression: Parquet codec.
+      full: whether the last snapshot and saved work are ignored.
+      max_rejected_fraction: of the records read; more is not published.
+      keep_snapshots: how many published snapshots stay; all where None.
+      checkpoint: the encoder's.
+      max_tokens: the most tokens of a text; the checkpoint's own where None.
+      dtype: BERT's number type.
+      device: where it runs.
+      max_batch_tokens: padded area of a batch; by device where None.
+      runner: Beam runner.
+      beam_options: all options of Beam, the runner's included.
+    """
+
+    input: tuple[str, ...]
+    input_format: str
+    text_field: tuple[str, ...] | None
+    id_field: str | None
+    keep_fields: tuple[str, ...]
+    max_document_bytes: int
+    output: str
+    rows_per_shard: int
+    compression: str
+    full: bool
+    max_rejected_fraction: float
+    keep_snapshots: int | None
+    checkpoint: str
+    max_tokens: int | None
+    dtype: str
+    device: str
+    max_batch_tokens: int | None
+    runner: str
+    beam_options: tuple[str, ...]
+
+
+def parse(argv: Sequence[str]) -> EmbedOptions:
+    """Parses the options of `embed`.
+
+    Args:
+      argv: the options as given.
+
+    Raises:
+      SystemExit: 2, with a message that names the option, for one that nobody knows or a value out of range; 0 after
+        `--help` or `--help_beam`.
+    """
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.help_beam:
+        _beam_parser().print_help()
+        sys.exit(0)
+    beam_options = [*runner_options(arguments.runner), *rest]
+    _check_beam_options(parser, beam_options)
+    values = vars(arguments)
+    del values["help_beam"]
+    values["input"] = tuple(arguments.input)
+    values["text_field"] = tuple(arguments.text_field) if arguments.text_field else None
+    values["keep_fields"] = tuple(name.strip() for name in arguments.keep_fields.split(",") if name.strip())
+    return EmbedOptions(**values, beam_options=tuple(beam_options))
+
+
+def _check_beam_options(parser: argparse.ArgumentParser, beam_options: Sequence[str]) -> None:
+    """Ends with usage 2 at an option that Beam does not know, which Beam itself would only warn about."""
+    beam_parser = _beam_parser()
+    _, unknown = beam_parser.parse_known_args(list(beam_options))
+    if unknown:
+        known = [option for one in (parser, beam_parser) for option in one._option_string_actions]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"unknown option {unknown[0]}{hint}")
+
+
+def _beam_parser() -> argparse.ArgumentParser:
+    """Returns a parser of all options that Beam's runners know."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline embed", add_help=False, allow_abbrev=False, conflict_handler="resolve"
+    )
+    pending = [PipelineOptions]
+    while pending:
+        options_class = pending.pop()
+        pending.extend(options_class.__subclasses__())
+        if "_add_argparse_args" in vars(options_class):
+            options_class._add_argparse_args(parser)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline embed",
+        description="Embeds a text corpus and publishes a snapshot of 256-dimensional embeddings.",
+        epilog="Every option of the chosen Beam runner is taken too: --help_beam lists them. "
+        "Exit status: 0 published; 1 the job failed; 2 wrong usage; 3 finished but not published.",
+        allow_abbrev=False,
+    )
+    _add_input_options(parser.add_argument_group("input"))
+    _add_output_options(parser.add_argument_group("output"))
+    _add_encoder_options(parser.add_argument_group("encoder"))
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--runner",
+        default="local",
+        metavar="NAME",
+        help="local, prism, flink, dataflow, or any runner Beam knows; default local: Beam's in-process runner",
+    )
+    running.add_argument("--help_beam", action="store_true", help="show the options of Beam and its runners, and exit")
+    return parser
+
+
+def _add_input_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="files to read, local or gs://; repeatable; default: the sample corpus, Python's own docstrings",
+    )
+    group.add_argument(
+        "--input_format",
+        choices=INPUT_FORMATS,
+        default="auto",
+        help="auto goes by the extension, under any of .gz .bz2 .xz .zst; text: a document per line; file: a document "
+        "per file; default auto",
+    )
+    group.add_argument(
+        "--text_field",
+        action="append",
+        metavar="NAME",
+        help="field of the text; repeatable, joined by a newline; default text",
+    )
+    group.add_argument(
+        "--id_field", metavar="NAME", help="field of the id; default id, or the content hash where there is none"
+    )
+    group.add_argument(
+        "--keep_fields",
+        default="",
+        metavar="A,B:TYPE",
+        help="fields copied to the output with their types; a type after a colon (int64, double, string, ...) "
+        "overrides the one found; default none",
+    )
+    group.add_argument(
+        "--max_document_bytes",
+        type=_positive,
+        default=MAX_DOCUMENT_BYTES,
+        metavar="BYTES",
+        help="a longer record is rejected as too_large; default %(default)s",
+    )
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--output", default="output", metavar="DIR", help="local or gs:// folder; default %(default)s")
+    group.add_argument(
+        "--rows_per_shard",
+        type=_positive,
+        default=ROWS_PER_SHARD,
+        metavar="ROWS",
+        help="the most rows of a Parquet file; default %(default)s",
+    )
+    group.add_argument("--compression", choices=COMPRESSIONS, default="zstd", help="of the Parquet files; default zstd")
+    group.add_argument(
+        "--full",
+        action="store_true",
+        help="encode every text anew: ignore the vectors of the last snapshot and of unfinished runs",
+    )
+    group.add_argument(
+        "--max_rejected_fraction",
+        type=_fraction,
+        default=0.01,
+        metavar="FRACTION",
+        help="publish nothing, and end with status 3, if more of the records are rejected; default %(default)s",
+    )
+    group.add_argument(
+        "--keep_snapshots",
+        type=_positive,
+        metavar="N",
+        help="after publishing, remove older snapshots, but never the last two; default: keep all",
+    )
+
+
+def _add_encoder_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--checkpoint", default="default", metavar="NAME", help="shipped name, folder or gs:// folder; default default"
+    )
+    group.add_argument(
+        "--max_tokens",
+        type=_positive,
+        metavar="TOKENS",
+        help="longer texts are cut there and marked truncated; default: the checkpoint's, 8192",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="numbers BERT computes in; auto: bfloat16 where the device has it natively, else float16 on a GPU and "
+        "float32 on a CPU; default auto",
+    )
+    group.add_argument(
+        "--device", choices=DEVICES, default="auto", help="cuda fails where there is no GPU; default auto"
+    )
+    group.add_argument(
+        "--max_batch_tokens",
+        type=_positive,
+        metavar="TOKENS",
+        help="padded tokens of one BERT batch; default 2048 on a CPU, 65536 on a GPU, halved when its memory is full",
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value

@@ -1,0 +1,81 @@
+"""Which device and number type the encoder runs with on this machine."""
+
+import logging
+import platform
+from pathlib import Path
+
+import torch
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_NATIVE_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""CPU flags, of x86 and Arm, that promise fast bfloat16; without one it is emulated, up to 150 times slower."""
+
+_AMPERE = (8, 0)
+"""The first CUDA compute capability with bfloat16."""
+
+_logger = logging.getLogger(__name__)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Returns the device to run on.
+
+    Args:
+      device: `cuda`, `cpu`, or `auto` for cuda where there is one.
+
+    Raises:
+      ValueError: it is none of these.
+      RuntimeError: cuda was asked for and there is none.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device {device!r} is none of {', '.join(DEVICES)}")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise RuntimeError(
+            f"device cuda was asked for, but {platform.node()} has no usable GPU (PyTorch {torch.__version__}, CUDA "
+            f"{torch.version.cuda}): install its driver, use a machine with one, or ask for --device cpu"
+        )
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def cpu_flags() -> set[str]:
+    """Returns this CPU's feature flags as Linux names them; none where they are not known."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return set()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return set(value.split())
+    return set()
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Returns the type BERT computes in.
+
+    Args:
+      dtype: a type, or `auto`: bfloat16 where the device has it natively; else float16 on a GPU, float32 on a CPU.
+      device: where BERT runs.
+
+    Raises:
+      ValueError: it is no type known here, or float16 on a CPU.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if device.type == "cpu" and dtype == "float16":
+        raise ValueError("dtype float16 is for GPUs: on a CPU take float32, bfloat16 or auto")
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= _AMPERE
+        automatic = "bfloat16" if native else "float16"
+    else:
+        native = bool(_NATIVE_BFLOAT16_FLAGS & cpu_flags())
+        automatic = "bfloat16" if native else "float32"
+    if dtype == "bfloat16" and not native:
+        _logger.warning("bfloat16 is not native to this %s: it is emulated and far slower than float32", device.type)
+    return getattr(torch, automatic if dtype == "auto" else dtype)
+
+
+def describe(device: torch.device) -> str:
+    """Returns the device's name for a manifest: `cpu`, or `cuda` with the GPU's name."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"

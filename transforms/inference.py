@@ -1,0 +1,474 @@
+"""EmbedDocuments and its model handler: the encoder as a Beam RunInference; the only file that knows Beam and torch."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+import torch
+from apache_beam.ml.inference.base import ModelHandler, RunInference
+
+from transforms import progress
+from transforms.encoder import (
+    BATCHES_PER_GROUP,
+    MAX_BATCH_TOKENS,
+    BertLstmEncoder,
+    EncodedTexts,
+    load_tokenizer,
+)
+from transforms.hardware import DEVICES, DTYPES, describe, resolve_device, resolve_dtype
+from transforms.schema import Document, Embedding, Rejected, content_hash, preview
+from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW, groups_by_length
+
+BATCH_TOKENS = 1 << 20
+"""Tokens the handler sees at once: enough to sort the texts into batches with hardly any padding."""
+
+_MIN_BATCH_TOKENS = 512
+"""Below this a smaller batch no longer helps against a full GPU."""
+
+_MIN_COSINE = 0.999
+"""The least agreement with float32, text by text, that a run's settings must show before it starts."""
+
+_UNIT_TOLERANCE = 1e-3
+
+_REFERENCE_TEXTS = (
+    "a",
+    "The quick brown fox jumps over the lazy dog.",
+    "Embeddings of whole corpora, again and again, on whatever engine a company already runs.",
+    "naïve façade — 東京 2026 🙂",
+    "Return the number of seconds since the epoch. " * 12,
+    "def main(argv): return [int(value) for value in argv if value.isdigit()]\n" * 20,
+    "It was the best of times, it was the worst of times, it was the age of wisdom. " * 60,
+)
+"""Texts of one token up to several windows, for the check at load."""
+
+_logger = logging.getLogger(__name__)
+
+
+class TokenizedDocument(NamedTuple):
+    """A document on its way to the encoder.
+
+    Attributes:
+      document: the document; of its text only the preview is left.
+      content_hash: of the whole text.
+      token_ids: (num_tokens,) int32, without special tokens.
+      truncated: true where the text had more than `max_tokens`.
+    """
+
+    document: Document
+    content_hash: str
+    token_ids: np.ndarray
+    truncated: bool
+
+
+class Encoded(NamedTuple):
+    """A document with its vector, and what the vector cost.
+
+    Attributes:
+      document: as in `TokenizedDocument`.
+      content_hash: of the whole text.
+      vector: (256,) float32, finite, unit length.
+      encoder: the encoder's fingerprint.
+      num_tokens: tokens of the text that were encoded, special tokens not counted.
+      truncated: true where it had more.
+      window_tokens: tokens given to BERT, special tokens counted.
+      padded_tokens: area of the padded batches it took up.
+      encode_seconds: its share of the time its group took in the model.
+      device: what it was computed on, `cpu float32` say.
+    """
+
+    document: Document
+    content_hash: str
+    vector: np.ndarray
+    encoder: str
+    num_tokens: int
+    truncated: bool
+    window_tokens: int
+    padded_tokens: int
+    encode_seconds: float
+    device: str
+
+
+class Failed(NamedTuple):
+    """A document without a vector, and why: `reason` is a key of `REJECT_REASONS`."""
+
+    document: Document
+    content_hash: str
+    reason: str
+    detail: str
+
+
+class LoadedEncoder:
+    """An encoder ready to run, shared by the threads of a process; one of them computes at a time.
+
+    Args:
+      encoder: on its device, in its type.
+      max_batch_tokens: padded area of a BERT batch; halved for good when the GPU's memory does not hold it.
+    """
+
+    def __init__(self, encoder: BertLstmEncoder, max_batch_tokens: int):
+        self.encoder = encoder
+        self.max_batch_tokens = max_batch_tokens
+        self.fingerprint = encoder.fingerprint()
+        self.device = f"{describe(encoder.device)} {str(encoder.dtype).removeprefix('torch.')}"
+        self._lock = threading.Lock()
+
+    def encode_documents(
+        self,
+        documents: Sequence[TokenizedDocument],
+        on_encoded: Callable[[Sequence[Encoded]], None] | None = None,
+    ) -> list[Encoded | Failed]:
+        """Encodes documents; each gives one result, in the order given.
+
+        Out of GPU memory: the batch size is halved for good and the rest tried again. Any other error: the group
+        is halved down to the text that causes it, which alone fails.
+
+        Raises:
+          RuntimeError: not even a reference text can be encoded any more: the fault is not the texts'.
+        """
+        results: list[Encoded | Failed | None] = [None] * len(documents)
+        with self._lock:
+            pending = self._groups(documents, np.arange(len(documents)))
+            while pending:
+                group = pending.pop(0)
+                tokens = [documents[place].token_ids for place in group]
+                started = time.perf_counter()
+                try:
+                    encoded = self.encoder.encode_tokens(tokens, self.max_batch_tokens)
+                except torch.OutOfMemoryError as error:
+                    if self._halve():
+                        pending = self._groups(documents, np.concatenate([group, *pending]))
+                    else:
+                        pending[:0] = self._bisected(documents, group, error, results)
+                except Exception as error:  # noqa: BLE001 - whatever a text can provoke; the bisection says it.
+                    pending[:0] = self._bisected(documents, group, error, results)
+                else:
+                    seconds = time.perf_counter() - started
+                    finished = list(self._results(documents, group, encoded, seconds))
+                    for place, result in zip(group, finished, strict=True):
+                        results[place] = result
+                    if on_encoded is not None:
+                        on_encoded([result for result in finished if isinstance(result, Encoded)])
+                    progress.add("texts_encoded", len(group))
+                    progress.add("tokens_encoded", int(encoded.window_tokens.sum()))
+        if any(result is None for result in results):
+            raise AssertionError("a document was neither encoded nor failed")
+        return [result for result in results if result is not None]
+
+    def _groups(self, documents: Sequence[TokenizedDocument], places: np.ndarray) -> list[np.ndarray]:
+        lengths = np.array([len(documents[place].token_ids) for place in places], dtype=np.int64)
+        return [places[group] for group in groups_by_length(lengths, self.max_batch_tokens * BATCHES_PER_GROUP)]
+
+    def _halve(self) -> bool:
+        """Halves the batch size, unless it is as small as it gets."""
+        if self.max_batch_tokens // 2 < _MIN_BATCH_TOKENS:
+            return False
+        self.max_batch_tokens //= 2
+        torch.cuda.empty_cache()
+        _logger.warning("out of memory on %s: batches of %d tokens from now on", self.device, self.max_batch_tokens)
+        return True
+
+    def _bisected(
+        self,
+        documents: Sequence[TokenizedDocument],
+        group: np.ndarray,
+        error: Exception,
+        results: list[Encoded | Failed | None],
+    ) -> list[np.ndarray]:
+        """Returns the halves of a group that failed; a single text is noted as failed."""
+        if len(group) > 1:
+            return [half for half in np.array_split(group, 2) if len(half)]
+        try:
+            self.encoder.encode([_REFERENCE_TEXTS[1]])
+        except Exception as broken:  # noqa: BLE001
+            raise RuntimeError(f"the encoder on {self.device} no longer encodes any text: {broken}") from error
+        place = int(group[0])
+        tokenized = documents[place]
+        detail = f"{type(error).__name__}: {error}"
+        results[place] = Failed(tokenized.document, tokenized.content_hash, "encode_error", detail)
+        progress.add("texts_encoded")
+        return []
+
+    def _results(
+        self, documents: Sequence[TokenizedDocument], group: np.ndarray, encoded: EncodedTexts, seconds: float
+    ) -> Iterable[Encoded | Failed]:
+        norms = np.linalg.norm(encoded.vectors, axis=1)
+        usable = np.isfinite(norms) & (np.abs(norms - 1) < _UNIT_TOLERANCE)
+        seconds_per_token = seconds / int(encoded.window_tokens.sum())
+        for row, place in enumerate(group):
+            document, text_hash, token_ids, truncated = documents[place]
+            if not usable[row]:
+                detail = f"the vector's length is {norms[row]}, computed on {self.device}"
+                yield Failed(document, text_hash, "non_finite", detail)
+                continue
+            window_tokens = int(encoded.window_tokens[row])
+            yield Encoded(
+                document,
+                text_hash,
+                encoded.vectors[row].copy(),  # A view would keep the whole group's vectors alive.
+                self.fingerprint,
+                len(token_ids),
+                truncated,
+                window_tokens,
+                int(encoded.padded_tokens[row]),
+                seconds_per_token * window_tokens,
+                self.device,
+            )
+
+
+def check_agreement(encoder: BertLstmEncoder, reference: np.ndarray, max_batch_tokens: int) -> None:
+    """Raises RuntimeError unless an encoder, with a run's settings, agrees with float32 on the reference texts.
+
+    Args:
+      encoder: on the run's device, in the run's type.
+      reference: (n, 256) the reference texts' vectors from float32, each computed alone.
+      max_batch_tokens: the run's.
+    """
+    vectors = encoder.encode(_REFERENCE_TEXTS, max_batch_tokens)
+    cosines = np.sum(vectors * reference, axis=1)
+    if not np.min(cosines) >= _MIN_COSINE:  # Also for NaN.
+        raise RuntimeError(
+            f"{encoder.dtype} on {encoder.device} does not give the vectors that float32 gives: the worst cosine over "
+            f"{len(cosines)} reference texts is {np.min(cosines):.5f}, under {_MIN_COSINE}; use --dtype float32"
+        )
+
+
+class EncoderModelHandler(ModelHandler[TokenizedDocument, Encoded | Failed, LoadedEncoder]):
+    """Runs a BertLstmEncoder behind Beam's RunInference.
+
+    It takes `TokenizedDocument`s in large batches, sorts and cuts them itself, and gives one `Encoded` or `Failed`
+    for each. One model per process, shared by its threads.
+
+    Args:
+      checkpoint: a shipped checkpoint's name, a folder, or a gs:// folder.
+      max_tokens: in place of the checkpoint's own.
+      device: auto, cpu or cuda; asked for cuda where there is none, loading fails.
+      dtype: auto, float32, bfloat16 or float16.
+      max_batch_tokens: padded area of one BERT batch; by device where None.
+      batch_tokens: tokens of the texts sorted together; more means less padding and more memory.
+      num_threads: CPU threads of PyTorch in this process; all cores where None.
+      expected_fingerprint: loading fails where the worker's checkpoint has another one.
+      on_encoded: called in the worker with the results of every few batches as soon as there are any, to save them.
+
+    Raises:
+      ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "default",
+        max_tokens: int | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_batch_tokens: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        num_threads: int | None = None,
+        expected_fingerprint: str | None = None,
+        on_encoded: Callable[[Sequence[Encoded]], None] | None = None,
+    ):
+        super().__init__()
+        if device not in DEVICES:
+            raise ValueError(f"device {device!r} is none of {', '.join(DEVICES)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        for name, value in (
+            ("max_tokens", max_tokens),
+            ("max_batch_tokens", max_batch_tokens),
+            ("batch_tokens", batch_tokens),
+            ("num_threads", num_threads),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self._checkpoint = checkpoint
+        self._max_tokens = max_tokens
+        self._device = device
+        self._dtype = dtype
+        self._max_batch_tokens = max_batch_tokens
+        self._batch_tokens = batch_tokens
+        self._num_threads = num_threads
+        self._expected_fingerprint = expected_fingerprint
+        self._on_encoded = on_encoded
+
+    def load_model(self) -> LoadedEncoder:
+        """Loads the encoder, and checks that it gives with this run's settings what it gives in float32.
+
+        Raises:
+          RuntimeError: cuda is missing, the fingerprint is another one, or the check failed.
+        """
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        device = resolve_device(self._device)
+        dtype = resolve_dtype(self._dtype, device)
+        encoder = BertLstmEncoder.from_pretrained(self._checkpoint, self._max_tokens).on(device)
+        max_batch_tokens = self._max_batch_tokens or MAX_BATCH_TOKENS[device.type]
+        reference = np.concatenate([encoder.encode([text]) for text in _REFERENCE_TEXTS])
+        encoder.on(device, dtype)
+        check_agreement(encoder, reference, max_batch_tokens)
+        loaded = LoadedEncoder(encoder, max_batch_tokens)
+        if self._expected_fingerprint not in (None, loaded.fingerprint):
+            raise RuntimeError(
+                f"checkpoint {self._checkpoint!r} on this worker has the fingerprint {loaded.fingerprint}, but the job "
+                f"was started with {self._expected_fingerprint}: give all machines the same release and checkpoint"
+            )
+        return loaded
+
+    def run_inference(
+        self,
+        batch: Sequence[TokenizedDocument],
+        model: LoadedEncoder,
+        inference_args: dict[str, Any] | None = None,
+    ) -> Iterable[Encoded | Failed]:
+        """Encodes a batch; as many results as documents, in their order."""
+        if inference_args:
+            raise ValueError(f"EncoderModelHandler takes no inference_args: {sorted(inference_args)}")
+        return model.encode_documents(batch, self._on_encoded)
+
+    def get_num_bytes(self, batch: Sequence[TokenizedDocument]) -> int:
+        """Returns the bytes of the batch's token ids; Beam's own way would pickle the batch."""
+        return sum(tokenized.token_ids.nbytes for tokenized in batch)
+
+    def get_metrics_namespace(self) -> str:
+        """Returns the namespace of RunInference's metrics."""
+        return "EncoderModelHandler"
+
+    def batch_elements_kwargs(self) -> dict[str, Any]:
+        """Returns the batch size in tokens: always the same, since the handler cuts batches itself."""
+        return {
+            "min_batch_size": self._batch_tokens,
+            "max_batch_size": self._batch_tokens,
+            "element_size_fn": _size_tokens,
+        }
+
+
+def _size_tokens(tokenized: TokenizedDocument) -> int:
+    return len(tokenized.token_ids) + SPECIAL_TOKENS_PER_WINDOW
+
+
+class _Tokenize(beam.DoFn):
+    """Document to TokenizedDocument, or Failed where no token is left."""
+
+    FAILED = "failed"
+
+    def __init__(self, checkpoint: str, max_tokens: int | None):
+        self._checkpoint = checkpoint
+        self._max_tokens = max_tokens
+        self._tokenizer: Any = None
+
+    def setup(self):
+        self._tokenizer = load_tokenizer(self._checkpoint, self._max_tokens)
+
+    def process(self, document: Document):
+        text_hash, failure = "", _unusable(document.text)
+        if failure is None:
+            text_hash = content_hash(document.text)
+            (tokenized,) = self._tokenizer.tokenize([document.text])
+            if not len(tokenized.token_ids):
+                failure = "empty_text", "the tokenizer keeps none of its characters"
+        document = document._replace(text=preview(document.text) if isinstance(document.text, str) else "")
+        if failure is None:
+            progress.add("texts_to_encode")
+            yield TokenizedDocument(document, text_hash, tokenized.token_ids, tokenized.truncated)
+        else:
+            yield beam.pvalue.TaggedOutput(self.FAILED, Failed(document, text_hash, *failure))
+
+
+def _unusable(text: Any) -> tuple[str, str] | None:
+    """Returns reason and detail where a text, in somebody's own pipeline, is none."""
+    if text is None:
+        return "missing_text", "the text is None"
+    if not isinstance(text, str):
+        return "wrong_type", f"the text is of type {type(text).__name__}, not str"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return "invalid_utf8", f"the text holds a lone surrogate: {error}"
+    return None
+
+
+class _SeparateFailed(beam.DoFn):
+    FAILED = "failed"
+
+    def process(self, result: Encoded | Failed):
+        yield beam.pvalue.TaggedOutput(self.FAILED, result) if isinstance(result, Failed) else result
+
+
+@dataclass
+class EncodeDocuments(beam.PTransform):
+    """Documents to (PCollection of Encoded, PCollection of Failed): each document leaves exactly once.
+
+    Attributes:
+      handler: the model.
+      checkpoint: the handler's checkpoint, whose tokenizer runs ahead of the model, on machines without one.
+      max_tokens: the handler's.
+    """
+
+    handler: EncoderModelHandler
+    checkpoint: str = "default"
+    max_tokens: int | None = None
+
+    def expand(self, documents):
+        """Wires tokenizing, a fusion break, and the model."""
+        tokenized, unusable = documents | "Tokenize" >> beam.ParDo(
+            _Tokenize(self.checkpoint, self.max_tokens)
+        ).with_outputs(_Tokenize.FAILED, main="tokenized")
+        encoded, failed = (
+            tokenized
+            # Keeps reading and tokenizing off the machines with accelerators, and spreads texts over these evenly.
+            | "SpreadTexts" >> beam.Reshuffle()
+            | "Encode" >> RunInference(self.handler)
+            | "SeparateFailed" >> beam.ParDo(_SeparateFailed()).with_outputs(_SeparateFailed.FAILED, main="encoded")
+        )
+        return encoded, (unusable, failed) | "FlattenFailed" >> beam.Flatten()
+
+
+@dataclass
+class EmbedDocuments(beam.PTransform):
+    """Documents to (PCollection of Embedding, PCollection of Rejected), in any Beam pipeline.
+
+    Example:
+      embeddings, rejected = documents | EmbedDocuments(checkpoint="default")
+
+    Attributes:
+      checkpoint: a shipped checkpoint's name, a folder, or a gs:// folder.
+      max_tokens: the most tokens of a text that are encoded; the checkpoint's own number where None.
+      device: auto, cpu or cuda.
+      dtype: auto, float32, bfloat16 or float16.
+      max_batch_tokens: padded area of one BERT batch; by device where None.
+    """
+
+    checkpoint: str = "default"
+    max_tokens: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_batch_tokens: int | None = None
+
+    def expand(self, documents):
+        """Wires EncodeDocuments to the records of the schema."""
+        handler = EncoderModelHandler(self.checkpoint, self.max_tokens, self.device, self.dtype, self.max_batch_tokens)
+        encoded, failed = documents | "EncodeDocuments" >> EncodeDocuments(handler, self.checkpoint, self.max_tokens)
+        embeddings = encoded | "ToEmbedding" >> beam.Map(to_embedding).with_output_types(Embedding)
+        rejected = failed | "ToRejected" >> beam.Map(to_rejected).with_output_types(Rejected)
+        return embeddings, rejected
+
+
+def to_embedding(encoded: Encoded) -> Embedding:
+    """Returns the output row of an encoded document."""
+    return Embedding(
+        encoded.document.id,
+        encoded.vector,
+        encoded.content_hash,
+        encoded.encoder,
+        encoded.num_tokens,
+        encoded.truncated,
+        encoded.document.fields,
+    )
+
+
+def to_rejected(failed: Failed) -> Rejected:
+    """Returns the rejected record of a failed document."""
+    document = failed.document
+    return Rejected(document.source, document.position, document.id, failed.reason, failed.detail, document.text)

@@ -1,0 +1,207 @@
+"""Vectors that earlier runs left: rows of the last snapshot, and the work that unfinished runs had saved."""
+
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.pvalue import TaggedOutput
+
+from transforms import storage
+from transforms.incremental import KnownVector, PreviousId
+from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS
+from transforms.snapshots import open_shard
+
+MAX_WORK_TEXTS = 16_384
+"""Vectors that are saved at once at most; they take 17 MB."""
+
+_MIN_INTERVAL_SECONDS = 2.0
+_MAX_INTERVAL_SECONDS = 60.0
+_MAX_LOST_FRACTION = 0.05
+"""Of the time a worker has encoded, a crash costs at most this fraction, or a minute where that is less."""
+
+_WORK_COLUMNS = ["content_hash", "embedding", "num_tokens", "truncated"]
+_WORK_SCHEMA = pa.schema([FIXED_COLUMNS.field(name) for name in _WORK_COLUMNS])
+_ENCODER_KEY = b"encoder"
+
+
+class _Encoded(Protocol):
+    """What `inference.Encoded` has, of which this file must not know."""
+
+    content_hash: str
+    vector: np.ndarray
+    num_tokens: int
+    truncated: bool
+
+
+class WorkSaver:
+    """Saves vectors while a run goes on, each batch of them as one whole file; shared by a process's threads.
+
+    It writes when `MAX_WORK_TEXTS` wait, or when more of the time since its start would be lost than a crash may
+    cost. What waits when the run ends needs no saving: it is on its way into a snapshot.
+
+    Args:
+      folder: of this run's work.
+      fingerprint: of the encoder.
+    """
+
+    def __init__(self, folder: str, fingerprint: str):
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[_Encoded] = []
+        self._started = self._saved = time.monotonic()
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"folder": self._folder, "fingerprint": self._fingerprint}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self._folder, self._fingerprint = state["folder"], state["fingerprint"]
+        self._start()
+
+    def __call__(self, encoded: Sequence[_Encoded]) -> None:
+        """Takes vectors, and saves them with those that wait if it is time to."""
+        with self._lock:
+            self._waiting.extend(encoded)
+            now = time.monotonic()
+            allowed = min(_MAX_INTERVAL_SECONDS, max(_MIN_INTERVAL_SECONDS, _MAX_LOST_FRACTION * (now - self._started)))
+            if len(self._waiting) < MAX_WORK_TEXTS and now - self._saved < allowed:
+                return
+            waiting, self._waiting, self._saved = self._waiting, [], now
+        if waiting:
+            write_work(self._folder, self._fingerprint, waiting)
+
+
+def write_work(folder: str, fingerprint: str, encoded: Sequence[_Encoded]) -> str:
+    """Writes vectors as one file, whole or not at all, and returns its path."""
+    flat = pa.array(np.concatenate([one.vector for one in encoded]))
+    table = pa.Table.from_arrays(
+        [
+            pa.array([one.content_hash for one in encoded], pa.string()),
+            pa.FixedSizeListArray.from_arrays(flat, EMBEDDING_DIM),
+            pa.array([one.num_tokens for one in encoded], pa.int32()),
+            pa.array([one.truncated for one in encoded], pa.bool_()),
+        ],
+        schema=_WORK_SCHEMA.with_metadata({_ENCODER_KEY: fingerprint.encode()}),
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True)
+    path = f"{folder}/vectors-{uuid.uuid4().hex}.parquet"
+    storage.create_exclusively(path, sink.getvalue().to_pybytes())
+    return path
+
+
+def read_work(path: str, fingerprint: str) -> pa.Table | None:
+    """Reads a file of saved work; None where it is torn, gone, or of another encoder."""
+    try:
+        with storage.open_for_reading(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            schema = parquet.schema_arrow
+            if not schema.equals(_WORK_SCHEMA) or (schema.metadata or {}).get(_ENCODER_KEY) != fingerprint.encode():
+                return None
+            return parquet.read()
+    except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowIOError):
+        return None
+
+
+def _known(batch: Any, fingerprint: str, origin: str, seen: set[str]):
+    """Yields (content hash, KnownVector) for the rows of a batch or table whose hash was not seen yet."""
+    vectors = batch["embedding"]
+    if isinstance(vectors, pa.ChunkedArray):
+        vectors = vectors.combine_chunks()
+    matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, EMBEDDING_DIM)
+    hashes, num_tokens, truncated = (batch[name].to_pylist() for name in ("content_hash", "num_tokens", "truncated"))
+    for row, text_hash in enumerate(hashes):
+        if text_hash not in seen:
+            seen.add(text_hash)
+            vector = matrix[row].copy()
+            yield text_hash, KnownVector(vector, fingerprint, num_tokens[row], truncated[row], origin)
+
+
+class _ReadShard(beam.DoFn):
+    """Path of a shard to (id, PreviousId), and, where the encoder is the same, (content hash, KnownVector)."""
+
+    VECTORS = "vectors"
+
+    def __init__(self, fingerprint: str | None):
+        self._fingerprint = fingerprint
+
+    def process(self, path: str):
+        seen: set[str] = set()  # At most as many as a shard has rows.
+        columns = ["id"] if self._fingerprint is None else ["id", *_WORK_COLUMNS]
+        with open_shard(path) as shard:
+            for batch in shard.iter_batches(columns=columns):
+                for document_id in batch["id"].to_pylist():
+                    yield document_id, PreviousId()
+                if self._fingerprint is not None:
+                    for known in _known(batch, self._fingerprint, "reused", seen):
+                        yield TaggedOutput(self.VECTORS, known)
+
+
+class _ReadWork(beam.DoFn):
+    """Path of a file of saved work to (content hash, KnownVector)."""
+
+    def __init__(self, fingerprint: str):
+        self._fingerprint = fingerprint
+
+    def process(self, path: str):
+        table = read_work(path, self._fingerprint)
+        if table is not None:
+            yield from _known(table, self._fingerprint, "recovered", set())
+
+
+class _ListWork(beam.DoFn):
+    """Folder of a run's work to the paths of its files."""
+
+    def process(self, folder: str):
+        for name in sorted(storage.list_files(folder)):
+            if name.startswith("vectors-") and name.endswith(".parquet"):
+                yield f"{folder}/{name}"
+
+
+@dataclass
+class ReadKnownVectors(beam.PTransform):
+    """Reads what earlier runs left; takes a pipeline.
+
+    Gives a tuple of (id, PreviousId) for each row of the last snapshot, and (content hash, KnownVector) for the
+    vectors of this encoder.
+
+    Attributes:
+      shard_paths: of the last snapshot; none where there is none.
+      same_encoder: whether the last snapshot's vectors are of this encoder.
+      work_folders: of unfinished runs.
+      fingerprint: of this encoder.
+    """
+
+    shard_paths: Sequence[str]
+    same_encoder: bool
+    work_folders: Sequence[str]
+    fingerprint: str
+
+    def expand(self, pipeline):
+        """Wires the reading of shards and of work, spread over the workers."""
+        shards = (
+            pipeline
+            | "ShardPaths" >> beam.Create(list(self.shard_paths), reshuffle=False)
+            | "SpreadShards" >> beam.Reshuffle()
+            | "ReadShard"
+            >> beam.ParDo(_ReadShard(self.fingerprint if self.same_encoder else None)).with_outputs(
+                _ReadShard.VECTORS, main="ids"
+            )
+        )
+        work = (
+            pipeline
+            | "WorkFolders" >> beam.Create(list(self.work_folders), reshuffle=False)
+            | "ListWork" >> beam.ParDo(_ListWork())
+            | "SpreadWork" >> beam.Reshuffle()
+            | "ReadWork" >> beam.ParDo(_ReadWork(self.fingerprint))
+        )
+        return shards.ids, (shards.vectors, work) | "FlattenKnown" >> beam.Flatten()
