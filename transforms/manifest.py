@@ -63,11 +63,12 @@ def check_manifest(manifest: Any) -> None:
     if not isinstance(manifest, dict):
         raise ValueError("it is not a JSON object")
     if manifest.get("format") != SNAPSHOT_FORMAT:
-        raise ValueError(f"its format is {manifest.get('format')}, not {SNAPSHOT_FORMAT}: another release wrote it")
+        raise ValueError(f"its format is {manifest.get('format')!r}, not {SNAPSHOT_FORMAT}: another release wrote it")
     _check_keys(manifest, MANIFEST_KEYS, "the manifest")
     _check_keys(manifest["encoder"], ENCODER_KEYS, "encoder")
     counts, rejected, shards = manifest["counts"], manifest["rejected_by_reason"], manifest["shards"]
     _check_keys(counts, dict.fromkeys(COUNT_KEYS, int), "counts")
+    _check_keys(rejected, dict.fromkeys(rejected, int), "rejected_by_reason")
     for name in COUNT_KEYS:
         if counts[name] < 0:
             raise ValueError(f"counts: {name} is {counts[name]}")

@@ -173,6 +173,9 @@ def remove_leftovers(output: str) -> list[str]:
     """
     latest = latest_version(output)
     removed = []
+    for file in storage.list_files(_claims_folder(output)):
+        if file.endswith(storage.LOCK_SUFFIX):
+            storage.remove_lock(join(_claims_folder(output), file.removesuffix(storage.LOCK_SUFFIX)))
     for name in _claimed(output):
         found = storage.read_versioned(_claim_path(output, name))
         if found is None:
@@ -188,6 +191,7 @@ def remove_leftovers(output: str) -> list[str]:
             _remove_snapshot(output, name)
             removed.append(name)
         _release(output, name)
+    _remove_empty_work(output)
     return removed
 
 
@@ -278,6 +282,10 @@ def _claimed(output: str) -> list[str]:
 
 def _release(output: str, name: str) -> None:
     storage.delete_files([_claim_path(output, name)])
+    _remove_empty_work(output)
+
+
+def _remove_empty_work(output: str) -> None:
     storage.delete_if_empty(_claims_folder(output))
     storage.delete_if_empty(join(output, WORK_FOLDER))
 

@@ -26,6 +26,8 @@ class Versioned(NamedTuple):
     generation: int
 
 
+LOCK_SUFFIX = ".lock"
+
 ABSENT = 0
 """The generation of a file that does not exist."""
 
@@ -164,6 +166,13 @@ def make_durable(folder: str, names: Iterable[str]) -> None:
         _sync_folder(folder)
 
 
+def remove_lock(url: str) -> None:
+    """Removes what a process that was killed in the middle of writing a file of this machine has left of it."""
+    if not is_remote(url):
+        with _locked(url):
+            pass  # Letting go of a lock removes it.
+
+
 def _generation(status: os.stat_result) -> int:
     return (status.st_mtime_ns << 64) | status.st_ino
 
@@ -178,14 +187,14 @@ def _sync_folder(folder: str) -> None:
 
 @contextmanager
 def _locked(url: str) -> Iterator[tuple[str, int]]:
-    """Holds the lock of a file: its neighbour `<name>.lock`, in which the new content is written as well.
+    """Holds the lock of a file: its neighbour `NAME.lock`, in which the new content is written as well.
 
     The kernel lets go of the lock when its holder dies, so a lock file that a crash left behind bars nobody.
 
     Yields:
       The lock file's path and its descriptor, empty and open for writing.
     """
-    path = url + ".lock"
+    path = url + LOCK_SUFFIX
     while True:
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
