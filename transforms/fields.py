@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-_COMMA = re.compile(r",(?![^\[(]*[\])])")
+_COMMA = re.compile(r",(?![^\[]*\])")
 """A comma that is not inside the brackets of a type."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -18,7 +18,7 @@ _EXACT_DOUBLE = 1 << 53
 
 
 Converter = Callable[[Any], Any]
-"""Makes one value fit a type, as `pa.array(values, type)` takes it; ValueError or TypeError where it does not fit."""
+"""Makes one value fit a type, as `pa.array(values, type)` takes it, or raises ValueError or an error of Arrow."""
 
 
 class KeptField(NamedTuple):
@@ -43,7 +43,7 @@ def parse_kept_fields(specs: Sequence[str]) -> list[KeptField]:
     Raises:
       ValueError: a name is empty or there twice.
     """
-    fields = [_parse_kept_field(spec.strip()) for joined in specs for spec in _COMMA.split(joined)]
+    fields = [_parse_kept_field(spec.strip()) for spec in _COMMA.split(",".join(specs))] if specs else []
     for index, field in enumerate(fields):
         if not field.name:
             raise ValueError(f"--keep_fields has an empty name: {','.join(specs)!r}")

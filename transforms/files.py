@@ -1,10 +1,16 @@
-"""Input files through Beam's filesystems: which files a glob matches, and how to open one."""
+"""Input files through Beam's filesystems: which files a glob matches, and their bytes as they are stored."""
 
 import os
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 1 << 20
+"""How much is read at a time."""
 
 
 class InputFile(NamedTuple):
@@ -30,23 +36,29 @@ def match_files(pattern: str, limit: int | None = None) -> list[InputFile]:
       limit: list at most this many.
 
     Raises:
-      FileNotFoundError: nothing matches.
-      IsADirectoryError: the pattern is a folder.
-      ValueError: no filesystem is known for it.
+      OSError: nothing matches, or the pattern is a folder or a pipe.
+      ValueError: no filesystem is known for it, or a file's name is not UTF-8.
     """
     pattern = absolute_pattern(pattern)
     filesystem = FileSystems.get_filesystem(pattern)
     if os.path.isdir(pattern):
         raise IsADirectoryError(f"{pattern} is a folder: write {os.path.join(pattern, '*')} for the files in it")
+    if os.path.exists(pattern) and not os.path.isfile(pattern):
+        raise OSError(f"{pattern} is no regular file: write what it gives to a file first")
     if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
         matches = [filesystem.metadata(pattern)]
     else:
         matches = filesystem.match([pattern], [limit])[0].metadata_list
     # On gs:// an object whose name ends in a slash stands for a folder.
-    files = [InputFile(match.path, match.size_in_bytes) for match in matches if not match.path.endswith("/")]
+    files = sorted(InputFile(match.path, match.size_in_bytes) for match in matches if not match.path.endswith("/"))
     if not files:
         raise FileNotFoundError(f"no file matches {pattern}")
-    return sorted(files)
+    for file in files:
+        try:
+            file.path.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"the name of {file.path!r} is not UTF-8: rename it") from None
+    return files
 
 
 def absolute_pattern(pattern: str) -> str:
@@ -57,13 +69,78 @@ def absolute_pattern(pattern: str) -> str:
     return os.path.abspath(os.path.join(pattern, "*") if pattern.endswith(os.sep) else pattern)
 
 
-def open_file(path: str) -> BinaryIO:
+class RawFile:
+    """An open file whose errors name it.
+
+    Args:
+      file: seekable.
+      path: its name.
+
+    Attributes:
+      path: its name.
+      error: of the last read that failed, else None: a decoder may report it as something else.
+      closed: whether it was closed.
+    """
+
+    def __init__(self, file: BinaryIO, path: str):
+        self._file = file
+        self.path = path
+        self.error: OSError | None = None
+        self.closed = False
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        """Returns the next bytes, fewer only at the end."""
+        return self._named(lambda: self._file.read(num_bytes))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves to another place and returns its offset."""
+        return self._named(lambda: self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """Returns the offset of the next byte."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.closed = True
+        self._file.close()
+
+    def chunks(self, num_bytes: int | None = None) -> Iterator[bytes]:
+        """Yields the next bytes, at most `CHUNK_BYTES` at a time.
+
+        Args:
+          num_bytes: how many; None for all.
+
+        Raises:
+          OSError: there are fewer.
+        """
+        remaining = num_bytes
+        while remaining is None or remaining > 0:
+            chunk = self.read(CHUNK_BYTES if remaining is None else min(CHUNK_BYTES, remaining))
+            if chunk:
+                yield chunk
+            elif remaining is None:
+                return
+            else:
+                raise OSError(f"{self.path} became {remaining:,} bytes shorter while it was being read: start again")
+            if remaining is not None:
+                remaining -= len(chunk)
+
+    def _named(self, operation: Callable[[], T]) -> T:
+        try:
+            return operation()
+        except Exception as error:  # Each filesystem raises errors of its own.
+            self.error = OSError(f"cannot read {self.path}: {error}")
+            raise self.error from error
+
+
+def open_file(path: str) -> RawFile:
     """Opens a file's bytes as they are stored: Beam's own decompression takes a truncated file for a complete one.
 
     Raises:
-      OSError: the file cannot be opened; the message names it.
+      OSError: it cannot be opened; the message names it.
     """
     try:
-        return FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+        return RawFile(FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED), path)
     except Exception as error:  # Each filesystem raises errors of its own.
         raise OSError(f"cannot open {path}: {error}") from error

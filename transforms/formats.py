@@ -13,6 +13,9 @@ from transforms.schema import Document, Rejected, content_hash, preview
 FORMATS = ("text", "jsonl", "csv", "parquet", "file")
 """What a file can be read as."""
 
+INPUT_FORMATS = ("auto", *FORMATS)
+"""What can be asked for; under `auto` a file's extension decides."""
+
 _FORMAT_OF_EXTENSION = {
     ".txt": "text",
     ".jsonl": "jsonl",
@@ -30,11 +33,13 @@ def file_format(path: str, input_format: str) -> str:
 
     Args:
       path: the file's; under `auto` its extension decides, less that of a codec.
-      input_format: `auto` or one of `FORMATS`.
+      input_format: one of `INPUT_FORMATS`.
 
     Raises:
-      ValueError: the extension is unknown, or a Parquet file is compressed as a whole.
+      ValueError: the extension or the format is unknown, or a Parquet file is compressed as a whole.
     """
+    if input_format not in INPUT_FORMATS:
+        raise ValueError(f"the input format must be one of {', '.join(INPUT_FORMATS)}, not {input_format!r}")
     inner_path, codec = split_codec(path)
     extension = posixpath.splitext(inner_path)[1].lower()
     format_ = _FORMAT_OF_EXTENSION.get(extension) if input_format == "auto" else input_format

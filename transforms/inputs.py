@@ -21,7 +21,7 @@ from transforms.fields import (
 )
 from transforms.files import InputFile, absolute_pattern, match_files, open_file
 from transforms.formats import file_format, parse_json_object
-from transforms.lines import LongLine, read_chunks, read_lines
+from transforms.lines import LongLine, read_lines
 from transforms.parquet_rows import CorruptParquetError, ParquetInput, check_columns
 from transforms.records import UnusableRecord
 
@@ -155,11 +155,11 @@ def _peek_file(file: InputFile, format_: str) -> _Peek | None:
     with closing(open_file(file.path)) as opened:
         if format_ == "parquet":
             try:
-                schema = ParquetInput(opened, file.path).schema
+                schema = ParquetInput(opened).schema
             except CorruptParquetError:
                 return None
             return _Peek(file.path, format_, schema.names, schema=schema)
-        chunks = _first_bytes(read_chunks(opened), split_codec(file.path)[1])
+        chunks = _first_bytes(opened.chunks(), split_codec(file.path)[1])
         if format_ == "jsonl":
             records = list(itertools.islice(_json_objects(chunks), _PEEKED_RECORDS))
             return _Peek(
@@ -229,7 +229,7 @@ def _type_of(name: str, peeks: Sequence[_Peek]) -> pa.DataType:
         if name in peek.names:
             try:
                 type_ = merge_types(type_, _type_in(peek, name))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"field {name!r} of {peek.path} has no one type, {error}: {remedy}") from error
     if not is_known(type_):
         raise ValueError(f"the first records do not tell the type of field {name!r} ({type_}): {remedy}")

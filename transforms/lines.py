@@ -1,12 +1,10 @@
 """Cuts bytes into lines: of bounded length, and by ranges that can be read apart from each other."""
 
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+from transforms.files import RawFile
 from transforms.schema import PREVIEW_CHARS
-
-CHUNK_BYTES = 1 << 20
-"""How much is read at a time; memory is bounded by a few of these and the longest record."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """What some programs write before UTF-8; it is no part of the text."""
@@ -27,29 +25,6 @@ class LongLine(NamedTuple):
     num_bytes: int
     start: bytes
     num_quotes: int
-
-
-def read_chunks(file: BinaryIO, num_bytes: int | None = None) -> Iterator[bytes]:
-    """Yields a file's bytes from where it stands, at most `CHUNK_BYTES` at a time.
-
-    Args:
-      file: an open file.
-      num_bytes: how many bytes to read; None for all.
-
-    Raises:
-      OSError: the file ends before `num_bytes` are read.
-    """
-    remaining = num_bytes
-    while remaining is None or remaining > 0:
-        chunk = file.read(CHUNK_BYTES if remaining is None else min(CHUNK_BYTES, remaining))
-        if chunk:
-            yield chunk
-        elif remaining is None:
-            return
-        else:
-            raise OSError(f"the file is {remaining:,} bytes shorter than when it was listed: leave inputs as they are")
-        if remaining is not None:
-            remaining -= len(chunk)
 
 
 def read_lines(
@@ -80,19 +55,20 @@ def read_lines(
         for line in lines:
             yield offset, _finished(line, max_bytes, keep_ends)
             offset += len(line) + 1
-    if begun.num_bytes:
-        yield offset, begun.line(offset == 0)
+    last = begun.line(offset == 0)
+    if last not in (b"", b"\n"):
+        yield offset, last
 
 
 def read_range(
-    file: BinaryIO, start: int, stop: int, size: int, max_bytes: int
+    file: RawFile, start: int, stop: int, size: int, max_bytes: int
 ) -> Iterator[tuple[int, bytes | LongLine]]:
     """Yields the lines whose first byte is in a range of a file, with the offset of that byte.
 
     Ranges that cover a file without overlap give each of its lines exactly once, wherever they are cut.
 
     Args:
-      file: a seekable file.
+      file: the file.
       start: the range's first byte.
       stop: the first byte after the range.
       size: the file's; nothing after it is read.
@@ -105,20 +81,20 @@ def read_range(
     if first is None:
         return
     file.seek(first)
-    for offset, line in read_lines(read_chunks(file, size - first), max_bytes, first):
+    for offset, line in read_lines(file.chunks(size - first), max_bytes, first):
         if offset >= stop:
             return
         yield offset, line
 
 
-def _next_line_start(file: BinaryIO, start: int, stop: int) -> int | None:
+def _next_line_start(file: RawFile, start: int, stop: int) -> int | None:
     """Returns the first offset from `start` on where a line begins, or None if that is not before `stop`."""
     if start == 0:
         return 0
     # The byte before the range tells whether a line begins right with it.
     offset = start - 1
     file.seek(offset)
-    for chunk in read_chunks(file, stop - 1 - offset):
+    for chunk in file.chunks(stop - 1 - offset):
         newline = chunk.find(b"\n")
         if newline >= 0:
             return offset + newline + 1
@@ -130,7 +106,7 @@ def _finished(line: bytes, max_bytes: int, keep_end: bool) -> bytes | LongLine:
     """Returns a line that came without its newline as `read_lines` gives it."""
     num_bytes = len(line) - line.endswith(b"\r")
     if num_bytes > max_bytes:
-        return LongLine(num_bytes, line[:_START_BYTES], line.count(b'"'))
+        return LongLine(num_bytes, line[: min(num_bytes, _START_BYTES)], line.count(b'"'))
     return line + b"\n" if keep_end else line[:num_bytes]
 
 
@@ -155,10 +131,11 @@ class _BegunLine:
             self._dropped_quotes += piece.count(b'"')
             return
         self._pieces.append(piece)
-        if self.num_bytes > self._max_bytes + len(BYTE_ORDER_MARK + b"\r"):
+        if self.num_bytes > max(self._max_bytes, _START_BYTES) + len(BYTE_ORDER_MARK + b"\r"):
             whole = b"".join(self._pieces)
-            self._pieces = [whole[:_START_BYTES]]
-            self._dropped_quotes = whole.count(b'"', _START_BYTES)
+            kept_bytes = _START_BYTES + len(BYTE_ORDER_MARK)
+            self._pieces = [whole[:kept_bytes]]
+            self._dropped_quotes = whole.count(b'"', kept_bytes)
             self._dropping = True
 
     def line(self, at_file_start: bool) -> bytes | LongLine:
@@ -166,5 +143,6 @@ class _BegunLine:
         mark_bytes = len(BYTE_ORDER_MARK) if at_file_start and held.startswith(BYTE_ORDER_MARK) else 0
         if self._dropping:
             num_bytes = self.num_bytes - mark_bytes - (self._last_byte == b"\r")
-            return LongLine(num_bytes, held[mark_bytes:], held.count(b'"') + self._dropped_quotes)
+            start = held[mark_bytes : mark_bytes + _START_BYTES]
+            return LongLine(num_bytes, start, held.count(b'"') + self._dropped_quotes)
         return _finished(held[mark_bytes:], self._max_bytes, self._keep_end)

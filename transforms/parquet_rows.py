@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms.csv_rows import column_indices
 from transforms.fields import Converter, column_type, storage_type
+from transforms.files import RawFile
 from transforms.records import DocumentMaker, UnusableRecord, rejected
 from transforms.schema import Document, Rejected, preview
 
@@ -43,8 +44,7 @@ class ParquetInput:
     """An open Parquet file.
 
     Args:
-      file: seekable.
-      source: its path.
+      file: the file.
 
     Attributes:
       schema: the columns as Arrow types.
@@ -54,9 +54,8 @@ class ParquetInput:
       OSError: the file cannot be read.
     """
 
-    def __init__(self, file: BinaryIO, source: str):
-        self._file = _WatchedFile(file)
-        self._source = source
+    def __init__(self, file: RawFile):
+        self._file = file
         # Pre-buffering would read from several threads at once, which Beam's files do not bear.
         self._parquet = self._decode(
             lambda: pq.ParquetFile(self._file, page_checksum_verification=True, pre_buffer=False)
@@ -69,8 +68,8 @@ class ParquetInput:
             return decode()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if self._file.error is not None:
-                raise OSError(f"cannot read {self._source}: {self._file.error}") from self._file.error
-            raise CorruptParquetError(str(error)) from error
+                raise self._file.error from error
+            raise CorruptParquetError(f"{self._file.path}: {error}") from error
 
     def plan_row_groups(self, split_bytes: int) -> list[RowGroups]:
         """Returns the file's row groups, small neighbours together up to `split_bytes` of decoded pages."""
@@ -110,7 +109,7 @@ class ParquetInput:
             row = first_row
             try:
                 for batch in self._batches(index, make_document.field_names):
-                    for document in _batch_documents(batch, self._source, row, make_document, kept_fields):
+                    for document in _batch_documents(batch, self._file.path, row, make_document, kept_fields):
                         yield _bounded(document, max_bytes)
                     row += batch.num_rows
                 if row - first_row != num_rows:
@@ -118,7 +117,7 @@ class ParquetInput:
             except CorruptParquetError as error:
                 lost = first_row + num_rows - row
                 detail = f"row group {index}: {lost:,} rows are lost, from row {row} of the file on: {error}"
-                yield Rejected(self._source, row, "", "corrupt_file", detail, "")
+                yield Rejected(self._file.path, row, "", "corrupt_file", detail, "")
             first_row += num_rows
 
     def _batches(self, index: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -253,31 +252,3 @@ def _can_cast(type_: pa.DataType, to: pa.DataType) -> bool:
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError):
         return False
     return True
-
-
-class _WatchedFile:
-    """A file that remembers the error of a failed read, which the decoder would report as damaged data."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.error: Exception | None = None
-        self.closed = False
-
-    def read(self, num_bytes: int = -1) -> bytes:
-        return self._watch(self._file.read, num_bytes)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._watch(self._file.seek, offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self.closed = True
-
-    def _watch(self, operation: Callable[..., T], *args: int) -> T:
-        try:
-            return operation(*args)
-        except Exception as error:
-            self.error = error
-            raise

@@ -15,16 +15,14 @@ from transforms.csv_rows import delimiter_of, read_csv
 from transforms.decompress import CorruptStreamError, TruncatedStreamError, decompress, split_codec
 from transforms.fields import Converter, json_converter, text_converter
 from transforms.files import InputFile, match_files, open_file
-from transforms.formats import FORMATS, file_format, read_jsonl, read_text, read_whole
+from transforms.formats import INPUT_FORMATS, file_format, read_jsonl, read_text, read_whole
 from transforms.inputs import InputPlan, plan_inputs
-from transforms.lines import LongLine, read_chunks, read_lines, read_range
+from transforms.lines import LongLine, read_lines, read_range
 from transforms.parquet_rows import CorruptParquetError, ParquetInput, RowGroups, check_columns, parquet_converters
 from transforms.records import DocumentMaker
 from transforms.schema import Document, Rejected
 
 __all__ = ["INPUT_FORMATS", "MAX_DOCUMENT_BYTES", "InputPlan", "ReadDocuments", "plan_inputs"]
-
-INPUT_FORMATS = ("auto", *FORMATS)
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """The longest record, unless another limit is given."""
@@ -86,7 +84,7 @@ class ReadDocuments(beam.PTransform):
             plan.patterns, plan.input_format, plan.text_fields, plan.id_field, plan.kept_fields, max_document_bytes
         )
 
-    def expand(self, pipeline: beam.Pipeline) -> tuple[beam.PCollection, beam.PCollection]:
+    def expand(self, pipeline):
         """Returns the documents and the rejected records."""
         spec = ReadSpec(
             self.input_format,
@@ -161,7 +159,7 @@ def split_file(file: InputFile, spec: ReadSpec) -> Iterator[Part]:
 def _split_parquet(file: InputFile, spec: ReadSpec) -> Iterator[Part]:
     with closing(open_file(file.path)) as opened:
         try:
-            parquet = ParquetInput(opened, file.path)
+            parquet = ParquetInput(opened)
         except CorruptParquetError as error:
             yield Part(file, "parquet", 0, 0, corrupt=f"the footer cannot be decoded, the whole file is lost: {error}")
             return
@@ -185,14 +183,14 @@ def read_part(part: Part, spec: ReadSpec) -> Iterator[Document | Rejected]:
         if part.format == "parquet":
             groups = RowGroups(part.start, part.stop, part.first_row)
             make_document = _document_maker(spec, parquet_converters(spec.kept_fields))
-            parquet = ParquetInput(opened, path)
+            parquet = ParquetInput(opened)
             yield from parquet.read(groups, make_document, spec.kept_fields, spec.max_document_bytes)
         elif part.stop - part.start < part.file.size_bytes:
             lines = read_range(opened, part.start, part.stop, part.file.size_bytes, spec.max_document_bytes)
             for record in _read_lines_as(part.format, lines, path, spec):
                 yield _by_offset(record)
         else:
-            yield from _read_stream(part, read_chunks(opened, part.file.size_bytes), spec)
+            yield from _read_stream(part, opened.chunks(part.file.size_bytes), spec)
 
 
 def _read_stream(part: Part, chunks: Iterable[bytes], spec: ReadSpec) -> Iterator[Document | Rejected]:
@@ -209,8 +207,11 @@ def _read_stream(part: Part, chunks: Iterable[bytes], spec: ReadSpec) -> Iterato
             yield from _read_lines_as(part.format, lines, path, spec)
     except (TruncatedStreamError, CorruptStreamError) as error:
         reason = "truncated_file" if isinstance(error, TruncatedStreamError) else "corrupt_file"
-        position = 0 if part.format == "file" else lines.number + 1
-        yield Rejected(path, position, "", reason, f"{error}; what follows {lines.number} whole lines is lost", "")
+        if part.format == "file":
+            yield Rejected(path, 0, "", reason, str(error), "")
+        else:
+            detail = f"{error}; what follows its {lines.number} whole lines is lost"
+            yield Rejected(path, lines.number + 1, "", reason, detail, "")
 
 
 def _read_lines_as(

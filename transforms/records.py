@@ -112,9 +112,9 @@ class DocumentMaker:
             return self._converters[name](value)
         except UnicodeError as error:
             raise UnusableRecord("invalid_utf8", f"field {name!r}: {error}") from error
-        except (ValueError, TypeError, pa.ArrowException) as error:
+        except (ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
             type_ = self._kept_fields.field(name).type
-            raise UnusableRecord("wrong_type", f"field {name!r}: {preview(repr(value))} is not {type_}") from error
+            raise UnusableRecord("wrong_type", f"field {name!r}: {_shown(value)} is not {type_}") from error
 
 
 def _string(value: Any, name: str) -> str:
@@ -128,6 +128,9 @@ def _string(value: Any, name: str) -> str:
             return value
     except UnicodeError as error:
         raise UnusableRecord("invalid_utf8", f"field {name!r}: {error}") from error
-    raise UnusableRecord(
-        "wrong_type", f"field {name!r}: {preview(repr(value))} is {type(value).__name__}, not a string"
-    )
+    raise UnusableRecord("wrong_type", f"field {name!r}: {_shown(value)} is not a string")
+
+
+def _shown(value: Any) -> str:
+    """Returns a value for a person; of nested ones, which may be deep, only their type."""
+    return f"a {type(value).__name__}" if isinstance(value, dict | list) else preview(repr(value))
