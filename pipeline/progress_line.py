@@ -23,7 +23,8 @@ class ProgressLine:
         self._enabled = enabled
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
-        self._encoding_since: float | None = None
+        self._first: Mapping[str, int] | None = None  # What was done when the first texts were.
+        self._first_at = 0.0
 
     def __enter__(self) -> "ProgressLine":
         progress.reset()
@@ -43,21 +44,16 @@ class ProgressLine:
         last = ""
         while not self._stop.wait(_TERMINAL_INTERVAL_SECONDS if terminal else _LOG_INTERVAL_SECONDS):
             tallies = progress.tallies()
-            if self._encoding_since is None and tallies.get("texts_encoded"):
-                self._encoding_since = time.monotonic()
-                self._encoded_before = tallies["texts_encoded"]
-            line = self._line(tallies)
+            if self._first is None and tallies.get("texts_encoded"):
+                self._first, self._first_at = tallies, time.monotonic()
+            line = reading_line(tallies)
+            if self._first is not None:
+                line = encoding_line(tallies, self._first, time.monotonic() - self._first_at)
             if terminal:
                 print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
             elif line != last:
                 print(line, file=sys.stderr, flush=True)
             last = line
-
-    def _line(self, tallies: Mapping[str, int]) -> str:
-        if self._encoding_since is None:
-            return reading_line(tallies)
-        seconds = time.monotonic() - self._encoding_since
-        return encoding_line(tallies, tallies["texts_encoded"] - self._encoded_before, seconds)
 
 
 def reading_line(tallies: Mapping[str, int]) -> str:
@@ -66,22 +62,24 @@ def reading_line(tallies: Mapping[str, int]) -> str:
     return f"read {read:,} documents" + (f", {to_encode:,} texts to encode" if to_encode else "")
 
 
-def encoding_line(tallies: Mapping[str, int], encoded_since: int, seconds: float) -> str:
-    """Returns the line while texts are encoded.
+def encoding_line(tallies: Mapping[str, int], before: Mapping[str, int], seconds: float) -> str:
+    """Returns the line while texts are encoded; the time left goes by tokens, since the longest texts come first.
 
     Args:
       tallies: of `transforms.progress`.
-      encoded_since: texts encoded in the last `seconds`.
-      seconds: the time the rate is measured over.
+      before: the tallies some seconds ago.
+      seconds: how many.
     """
     encoded, total = tallies["texts_encoded"], tallies["texts_to_encode"]
     if encoded >= total:
         return f"encoded {total:,} texts, writing"
-    line = f"encoded {encoded:,} of {total:,} texts ({encoded / total:.0%})"
-    if not encoded_since or seconds <= 0:
+    line = f"encoded {encoded:,} of {total:,} texts"
+    tokens = tallies["tokens_encoded"] - before["tokens_encoded"]
+    if not tokens or seconds <= 0:
         return line
-    rate = encoded_since / seconds
-    return f"{line}, {rate:,.0f}/s, {_duration((total - encoded) / rate)} left"
+    rate = (encoded - before["texts_encoded"]) / seconds
+    left_seconds = (tallies["tokens_to_encode"] - tallies["tokens_encoded"]) / tokens * seconds
+    return f"{line}, {rate:,.0f}/s, {_duration(left_seconds)} left"
 
 
 def _duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ def summary(folder: str, manifest: Mapping[str, Any]) -> str:
     """
     counts = manifest["counts"]
     published = "not_published" not in manifest
+    output = folder.rpartition("/")[0]
     lines = ["", f"{'published' if published else 'NOT published'}  snapshot={manifest['snapshot']}", ""]
     lines += [f"  {name:<22}{value:>14,}" for name, value in _rows(counts)]
     lines += [f"    {reason:<20}{count:>14,}" for reason, count in manifest["rejected_by_reason"].items()]
@@ -28,7 +29,7 @@ def summary(folder: str, manifest: Mapping[str, Any]) -> str:
             "  open it with",
             f"    duckdb -c \"SELECT * FROM '{folder}/*.parquet' LIMIT 5\"",
             f"    python -c \"import polars; print(polars.read_parquet('{folder}/*.parquet'))\"",
-            '    ./launch.sh search "what you look for"',
+            f'    ./launch.sh search "what you look for" --output {output}',
         ]
     else:
         lines += [f"  because {reason}" for reason in manifest["not_published"]]

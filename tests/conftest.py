@@ -13,6 +13,10 @@ PIECES = [chr(letter) for letter in range(ord("a"), ord("z") + 1)] + list("01234
 VOCABULARY = [*SPECIAL_TOKENS, *WORDS, *(piece for piece in PIECES if piece not in WORDS), *(f"##{p}" for p in PIECES)]
 
 
+# The models are tiny: more threads than one only wait for each other.
+torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

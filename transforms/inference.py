@@ -154,7 +154,7 @@ class LoadedEncoder:
                     if on_encoded is not None:
                         on_encoded([result for result in finished if isinstance(result, Encoded)])
                     progress.add("texts_encoded", len(group))
-                    progress.add("tokens_encoded", int(encoded.window_tokens.sum()))
+                    progress.add("tokens_encoded", sum(map(_size_tokens, (documents[place] for place in group))))
         if any(result is None for result in results):
             raise AssertionError("a document was neither encoded nor failed")
         return [result for result in results if result is not None]
@@ -191,6 +191,7 @@ class LoadedEncoder:
         detail = f"{type(error).__name__}: {error}"
         results[place] = Failed(tokenized.document, tokenized.content_hash, "encode_error", detail)
         progress.add("texts_encoded")
+        progress.add("tokens_encoded", _size_tokens(tokenized))
         return []
 
     def _results(
@@ -371,6 +372,7 @@ class _Tokenize(beam.DoFn):
         document = document._replace(text=preview(document.text) if isinstance(document.text, str) else "")
         if failure is None:
             progress.add("texts_to_encode")
+            progress.add("tokens_to_encode", len(tokenized.token_ids) + SPECIAL_TOKENS_PER_WINDOW)
             yield TokenizedDocument(document, text_hash, tokenized.token_ids, tokenized.truncated)
         else:
             yield beam.pvalue.TaggedOutput(self.FAILED, Failed(document, text_hash, *failure))
