@@ -63,18 +63,30 @@ def embed(options: EmbedOptions) -> int:
       JobError: the pipeline failed.
     """
     job = plan(options)
-    run = job.run
+    with ProgressLine(is_in_process(options.runner)):
+        manifest = run(job)
+    print(summary(job.run.folder, manifest))
+    return NOT_PUBLISHED if "not_published" in manifest else PUBLISHED
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Runs a planned job to its end; a run that fails leaves nothing behind but its saved work.
+
+    Returns:
+      The manifest; with a key `not_published`, the reasons, where it was not published.
+
+    Raises:
+      SnapshotError: another run published first.
+      JobError: the pipeline failed.
+    """
     finished = False
     try:
-        with ProgressLine(is_in_process(options.runner)):
-            _run(job, options)
+        _run_pipeline(job)
         finished = True
     finally:
         if not finished:
-            _clean_up(run)
-    manifest = _outcome(run)
-    print(summary(run.folder, manifest))
-    return NOT_PUBLISHED if "not_published" in manifest else PUBLISHED
+            _clean_up(job.run)
+    return _outcome(job.run)
 
 
 def plan(options: EmbedOptions) -> Job:
@@ -127,6 +139,7 @@ def plan(options: EmbedOptions) -> Job:
         previous_shards=latest.shard_paths if latest else [],
         previous_encoder=latest.fingerprint if latest else None,
         unfinished=unfinished,
+        beam_options=options.beam_options,
     )
 
 
@@ -176,8 +189,8 @@ def _threads_per_process(options: EmbedOptions) -> int | None:
     return max(1, cores // (processes or cores))
 
 
-def _run(job: Job, options: EmbedOptions) -> None:
-    pipeline = beam.Pipeline(options=PipelineOptions(list(options.beam_options)))
+def _run_pipeline(job: Job) -> None:
+    pipeline = beam.Pipeline(options=PipelineOptions(list(job.beam_options)))
     build(pipeline, job)
     try:
         result = pipeline.run()

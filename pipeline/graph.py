@@ -43,6 +43,7 @@ class Job:
       previous_shards: of the last snapshot; none where there is none, or where it is ignored.
       previous_encoder: fingerprint of the last snapshot; None where there is none.
       unfinished: names of the runs whose saved work is taken up.
+      beam_options: of Beam and the runner.
     """
 
     run: Run
@@ -59,6 +60,7 @@ class Job:
     previous_shards: Sequence[str]
     previous_encoder: str | None
     unfinished: Sequence[str]
+    beam_options: Sequence[str] = ("--runner=FnApiRunner",)
 
     @property
     def fingerprint(self) -> str:

@@ -81,7 +81,7 @@ def make_job(
 
 def run_job(job: Job) -> dict[str, Any]:
     """Runs a job and returns its manifest, or its report where it was not published."""
-    pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
+    pipeline = beam.Pipeline(options=PipelineOptions(list(job.beam_options)))
     build(pipeline, job)
     pipeline.run().wait_until_finish()
     for name in ("manifest.json", REPORT_FILE):

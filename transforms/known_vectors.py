@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.pvalue import TaggedOutput
 
-from transforms import storage
+from transforms import progress, storage
 from transforms.incremental import KnownVector, PreviousId
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS
 from transforms.snapshots import open_shard
@@ -79,6 +79,7 @@ class WorkSaver:
             waiting, self._waiting, self._saved = self._waiting, [], now
         if waiting:
             write_work(self._folder, self._fingerprint, waiting)
+            progress.add("save_microseconds", round(1e6 * (time.monotonic() - now)))
 
 
 def write_work(folder: str, fingerprint: str, encoded: Sequence[_Encoded]) -> str:
