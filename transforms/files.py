@@ -1,10 +1,13 @@
 """Input files through Beam's filesystems: which files a glob matches, and their bytes as they are stored."""
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystem import CompressionTypes, FileSystem
 from apache_beam.io.filesystems import FileSystems
 
 T = TypeVar("T")
@@ -36,29 +39,74 @@ def match_files(pattern: str, limit: int | None = None) -> list[InputFile]:
       limit: list at most this many.
 
     Raises:
-      OSError: nothing matches, or the pattern is a folder or a pipe.
-      ValueError: no filesystem is known for it, or a file's name is not UTF-8.
+      OSError: nothing matches, or what matches cannot be read: a folder, a pipe, a broken link.
+      ValueError: no filesystem is known for the pattern, or a file's name is not UTF-8.
     """
     pattern = absolute_pattern(pattern)
-    filesystem = FileSystems.get_filesystem(pattern)
-    if os.path.isdir(pattern):
-        raise IsADirectoryError(f"{pattern} is a folder: write {os.path.join(pattern, '*')} for the files in it")
-    if os.path.exists(pattern) and not os.path.isfile(pattern):
-        raise OSError(f"{pattern} is no regular file: write what it gives to a file first")
-    if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
-        matches = [filesystem.metadata(pattern)]
+    files: Iterable[InputFile]
+    if FileSystems.get_scheme(pattern) is None:
+        files = [_stat(pattern)] if os.path.lexists(pattern) else _list_local(pattern)
     else:
-        matches = filesystem.match([pattern], [limit])[0].metadata_list
-    # On gs:// an object whose name ends in a slash stands for a folder.
-    files = sorted(InputFile(match.path, match.size_in_bytes) for match in matches if not match.path.endswith("/"))
-    if not files:
+        files = _list_remote(pattern, limit)
+    listed = sorted(itertools.islice(files, limit))
+    if not listed:
         raise FileNotFoundError(f"no file matches {pattern}")
-    for file in files:
+    for file in listed:
         try:
             file.path.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError(f"the name of {file.path!r} is not UTF-8: rename it") from None
-    return files
+    return listed
+
+
+def _list_remote(pattern: str, limit: int | None) -> Iterator[InputFile]:
+    filesystem = FileSystems.get_filesystem(pattern)
+    if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
+        found = [filesystem.metadata(pattern)]
+    else:
+        found = filesystem.match([pattern], [limit])[0].metadata_list
+    for file in found:
+        # An object whose name ends in a slash stands for a folder.
+        if not file.path.endswith("/"):
+            yield InputFile(file.path, file.size_in_bytes)
+
+
+def _list_local(pattern: str) -> Iterator[InputFile]:
+    """Yields the files that an absolute glob matches.
+
+    Beam's own listing leaves out broken links and folders that may not be read, and walks through all subfolders.
+    """
+    root = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0])
+    is_match = re.compile(FileSystem.translate_pattern(pattern)).match
+    # Through links to folders above, `**` would go round in circles.
+    for folder, subfolders, names in os.walk(root, onerror=_raise_unless_missing, followlinks="**" not in pattern):
+        subfolders[:] = [name for name in subfolders if _leads_on(os.path.join(folder, name), pattern)]
+        for path in (os.path.join(folder, name) for name in names):
+            if is_match(path):
+                yield _stat(path)
+
+
+def _leads_on(folder: str, pattern: str) -> bool:
+    """Returns whether files that a glob matches may be in a folder."""
+    if "**" in pattern:
+        return True
+    parts = pattern.split(os.sep)
+    start = parts[: folder.count(os.sep) + 1]
+    return len(start) < len(parts) and re.match(FileSystem.translate_pattern(os.sep.join(start)), folder) is not None
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _stat(path: str) -> InputFile:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(f"{path} is a folder: write {os.path.join(path, '*')} for the files in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is no regular file: write what it gives to a file first")
+    return InputFile(path, status.st_size)
 
 
 def absolute_pattern(pattern: str) -> str:

@@ -69,7 +69,7 @@ class ParquetInput:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if self._file.error is not None:
                 raise self._file.error from error
-            raise CorruptParquetError(f"{self._file.path}: {error}") from error
+            raise CorruptParquetError(str(error)) from error
 
     def plan_row_groups(self, split_bytes: int) -> list[RowGroups]:
         """Returns the file's row groups, small neighbours together up to `split_bytes` of decoded pages."""
@@ -230,8 +230,8 @@ def _kept_value(single: pa.Array, type_: pa.DataType) -> Any:
     try:
         return _cast_values(single, type_)[0]
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        shown = str(error) if isinstance(error, UnicodeDecodeError) else repr(single[0])
-        return _Unfit(shown, error)
+        # Arrow prints values that Python has no object for, such as the year 300,000, and bytes that are not UTF-8.
+        return _Unfit(" ".join(single.to_string()[1:-1].split()), error)
 
 
 def _cast_values(column: pa.Array, type_: pa.DataType) -> list[Any]:

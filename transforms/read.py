@@ -14,7 +14,7 @@ from transforms import progress
 from transforms.csv_rows import delimiter_of, read_csv
 from transforms.decompress import CorruptStreamError, TruncatedStreamError, decompress, split_codec
 from transforms.fields import Converter, json_converter, text_converter
-from transforms.files import InputFile, match_files, open_file
+from transforms.files import InputFile, RawFile, match_files, open_file
 from transforms.formats import INPUT_FORMATS, file_format, read_jsonl, read_text, read_whole
 from transforms.inputs import InputPlan, plan_inputs
 from transforms.lines import LongLine, read_lines, read_range
@@ -181,16 +181,23 @@ def read_part(part: Part, spec: ReadSpec) -> Iterator[Document | Rejected]:
         return
     with closing(open_file(path)) as opened:
         if part.format == "parquet":
-            groups = RowGroups(part.start, part.stop, part.first_row)
-            make_document = _document_maker(spec, parquet_converters(spec.kept_fields))
-            parquet = ParquetInput(opened)
-            yield from parquet.read(groups, make_document, spec.kept_fields, spec.max_document_bytes)
+            yield from _read_parquet(part, opened, spec)
         elif part.stop - part.start < part.file.size_bytes:
             lines = read_range(opened, part.start, part.stop, part.file.size_bytes, spec.max_document_bytes)
             for record in _read_lines_as(part.format, lines, path, spec):
                 yield _by_offset(record)
         else:
             yield from _read_stream(part, opened.chunks(part.file.size_bytes), spec)
+
+
+def _read_parquet(part: Part, opened: RawFile, spec: ReadSpec) -> Iterator[Document | Rejected]:
+    try:
+        parquet = ParquetInput(opened)
+    except CorruptParquetError as error:
+        raise OSError(f"{opened.path} was changed while it was being read: start again") from error
+    groups = RowGroups(part.start, part.stop, part.first_row)
+    make_document = _document_maker(spec, parquet_converters(spec.kept_fields))
+    return parquet.read(groups, make_document, spec.kept_fields, spec.max_document_bytes)
 
 
 def _read_stream(part: Part, chunks: Iterable[bytes], spec: ReadSpec) -> Iterator[Document | Rejected]:

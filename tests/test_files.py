@@ -1,0 +1,125 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from transforms.files import InputFile, match_files, open_file
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    for name in ("a.txt", "b.txt", "c.jsonl", "sub/a.txt", "sub/deep/d.txt", "x[1].txt", "x1.txt", ".hidden.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a.txt", ["a.txt"]),
+        ("?.txt", ["a.txt", "b.txt"]),
+        ("*.jsonl", ["c.jsonl"]),
+        ("./*.jsonl", ["c.jsonl"]),
+        ("sub/../*.jsonl", ["c.jsonl"]),
+        ("*/*.txt", ["sub/a.txt"]),
+        ("s?b/de*/*.txt", ["sub/deep/d.txt"]),
+        ("**/d.txt", ["sub/deep/d.txt"]),
+        ("s*/**.txt", ["sub/a.txt", "sub/deep/d.txt"]),
+        ("sub/", ["sub/a.txt"]),
+        ("[ab].txt", ["a.txt", "b.txt"]),
+        ("x[1].txt", ["x[1].txt"]),
+        ("x[0-9].txt", ["x1.txt"]),
+    ],
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_globs_match(folder, pattern, expected, absolute):
+    files = match_files(f"{folder}/{pattern}" if absolute else pattern)
+    assert files == [InputFile(str(folder / name), len(name)) for name in expected]
+
+
+def test_links_to_folders_are_followed_except_across_folders(folder):
+    (folder / "link").symlink_to(folder / "sub")
+    (folder / "sub" / "up").symlink_to(folder)
+    assert [file.path for file in match_files("*/a.txt")] == [f"{folder}/link/a.txt", f"{folder}/sub/a.txt"]
+    assert [file.path for file in match_files("sub/**.txt")] == [f"{folder}/sub/a.txt", f"{folder}/sub/deep/d.txt"]
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_only_where_files_may_match_in_it(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert [file.path for file in match_files("sub/*.txt")] == [f"{folder}/sub/a.txt"]
+    assert [file.path for file in match_files("sub/[a-c]*")] == [f"{folder}/sub/a.txt"]
+    for pattern in ("sub/*/*.txt", "**.txt"):
+        with pytest.raises(PermissionError, match="sub/deep"):
+            match_files(pattern)
+
+
+def test_fewer_files_are_listed_when_asked(folder):
+    assert len(match_files("**.txt")) == 7
+    assert len(match_files("**.txt", limit=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "error", "message"),
+    [
+        ("none.txt", FileNotFoundError, "no file matches {folder}/none.txt"),
+        ("none*.txt", FileNotFoundError, r"no file matches {folder}/none\*.txt"),
+        ("none/*.txt", FileNotFoundError, r"no file matches {folder}/none/\*.txt"),
+        ("sub", IsADirectoryError, r"{folder}/sub is a folder: write {folder}/sub/\* for the files in it"),
+        ("pipe", OSError, "{folder}/pipe is no regular file"),
+        ("p*", OSError, "{folder}/pipe is no regular file"),
+        ("broken*", FileNotFoundError, "No such file or directory: '{folder}/broken'"),
+        ("broken", FileNotFoundError, "No such file or directory: '{folder}/broken'"),
+        ("abc://x/y", ValueError, "abc://x/y"),
+        ("bad-*", ValueError, r"bad-\\udcff.txt' is not UTF-8: rename it"),
+    ],
+)
+def test_patterns_that_match_nothing_usable_are_errors_that_name_them(folder, pattern, error, message):
+    os.mkfifo(folder / "pipe")
+    (folder / "broken").symlink_to(folder / "gone")
+    with open(os.fsencode(folder / "bad-") + b"\xff.txt", "w"):
+        pass
+    with pytest.raises(error, match=message.format(folder=folder)):
+        match_files(pattern)
+
+
+def test_files_are_not_decompressed(folder):
+    (folder / "a.gz").write_bytes(b"not gz")
+    file = open_file(str(folder / "a.gz"))
+    assert list(file.chunks()) == [b"not gz"]
+    assert (file.seek(4), file.read(), file.tell()) == (4, b"gz", 6)
+    file.close()
+    assert file.closed
+
+
+def test_chunks_are_bounded_and_may_be_fewer(folder):
+    (folder / "big").write_bytes(bytes(5 << 20))
+    assert [len(chunk) for chunk in open_file("big").chunks()] == [1 << 20] * 5
+    assert [len(chunk) for chunk in open_file("big").chunks((1 << 20) + 1)] == [1 << 20, 1]
+
+
+def test_a_file_shorter_than_it_should_be_is_an_error_that_names_it(folder):
+    with pytest.raises(OSError, match=r"a\.txt became 5 bytes shorter"):
+        list(open_file("a.txt").chunks(10))
+
+
+def test_a_file_that_vanished_is_an_error_that_names_it(folder):
+    with pytest.raises(OSError, match=r"cannot open none\.txt: .*No such file"):
+        open_file("none.txt")
+
+
+def test_a_failing_read_is_an_error_that_names_the_file(folder):
+    file = open_file("a.txt")
+    file.close()
+    assert file.error is None
+    with pytest.raises(OSError, match=r"cannot read a\.txt: read of closed file"):
+        file.read()
+    assert "a.txt" in str(file.error)
