@@ -21,6 +21,7 @@ from transforms.read import ReadDocuments
 from transforms.reconcile import PublishSnapshot, Run
 from transforms.schema import Document
 from transforms.snapshots import work_folder
+from transforms.tally import CountElements, Tally
 from transforms.write import WriteEmbeddings, WriteRejected
 
 
@@ -97,19 +98,19 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
 
     rows = (known_rows, new_rows) | "FlattenRows" >> beam.Flatten()
     rejected = (unreadable, duplicates, unencodable) | "FlattenRejected" >> beam.Flatten()
-    shards = (rows, winners | "CountRows" >> beam.combiners.Count.Globally()) | "WriteEmbeddings" >> WriteEmbeddings(
+    shards = (rows, winners | "CountRows" >> CountElements()) | "WriteEmbeddings" >> WriteEmbeddings(
         job.run.folder, job.schema, job.rows_per_shard, job.compression
     )
     rejected_files = (
         rejected,
-        rejected | "CountRejected" >> beam.combiners.Count.Globally(),
+        rejected | "CountRejected" >> CountElements(),
     ) | "WriteRejected" >> WriteRejected(job.run.folder, job.rows_per_shard)
     tallies = (
-        documents | "TallyDocuments" >> beam.Map(_tally, "read"),
-        unreadable | "TallyUnreadable" >> beam.Map(_tally, "read"),
-        repeated | "TallyRepeated" >> beam.Map(_tally, "repeated"),
-        deleted | "TallyDeleted" >> beam.Map(_tally, "deleted"),
-        encoded | "TallyEncoded" >> beam.FlatMap(_encoded_tallies),
+        documents | "TallyDocuments" >> Tally("read"),
+        unreadable | "TallyUnreadable" >> Tally("read"),
+        repeated | "TallyRepeated" >> Tally("repeated"),
+        deleted | "TallyDeleted" >> Tally("deleted"),
+        encoded | "TallyEncoded" >> Tally("texts_encoded", _encoded_tallies),
     ) | "FlattenTallies" >> beam.Flatten()
     _ = (shards, rejected_files, tallies) | "PublishSnapshot" >> PublishSnapshot(job.run)
 
@@ -137,7 +138,7 @@ def _document_of(text: TextToEncode) -> Document:
 
 
 def _vector_of(encoded: Encoded) -> tuple[TextToEncode, KnownVector]:
-    vector = KnownVector(encoded.vector, encoded.encoder, encoded.num_tokens, encoded.truncated, "encoded")
+    vector = KnownVector(encoded.vector.tobytes(), encoded.encoder, encoded.num_tokens, encoded.truncated, "encoded")
     return encoded.document.fields[_CARRIED], vector
 
 
@@ -145,12 +146,7 @@ def _unusable_of(failed: Failed) -> tuple[TextToEncode, Unusable]:
     return failed.document.fields[_CARRIED], Unusable(failed.reason, failed.detail)
 
 
-def _tally(_, name: str) -> tuple[str, int]:
-    return name, 1
-
-
 def _encoded_tallies(encoded: Encoded) -> Iterator[tuple[str, float]]:
-    yield "texts_encoded", 1
     yield "tokens", encoded.window_tokens
     yield "padded_tokens", encoded.padded_tokens
     yield "encode_seconds", encoded.encode_seconds

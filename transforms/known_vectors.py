@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from apache_beam.pvalue import TaggedOutput
 
 from transforms import progress, storage
-from transforms.incremental import KnownVector, PreviousId
+from transforms.incremental import PREVIOUS, KnownVector, pack
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS
-from transforms.snapshots import open_shard
+from transforms.snapshots import DamagedSnapshotError, read_shard
 
 MAX_WORK_TEXTS = 16_384
 """Vectors that are saved at once at most; they take 17 MB."""
@@ -104,17 +104,23 @@ def write_work(folder: str, fingerprint: str, encoded: Sequence[_Encoded]) -> st
 def read_work(path: str, fingerprint: str) -> pa.Table | None:
     """Reads a file of saved work; None where it is torn, gone, or of another encoder."""
     try:
-        with storage.open_for_reading(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        with storage.open_for_reading(path) as file:
+            data = file.read()
+    except FileNotFoundError:
+        return None
+    # From memory, so that errors can only mean that the file is not whole.
+    try:
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
             schema = parquet.schema_arrow
             if not schema.equals(_WORK_SCHEMA) or (schema.metadata or {}).get(_ENCODER_KEY) != fingerprint.encode():
                 return None
             return parquet.read()
-    except (FileNotFoundError, pa.ArrowInvalid, pa.ArrowIOError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         return None
 
 
 def _known(batch: Any, fingerprint: str, origin: str, seen: set[str]):
-    """Yields (content hash, KnownVector) for the rows of a batch or table whose hash was not seen yet."""
+    """Yields (content hash, packed KnownVector) for the rows of a batch or table whose hash was not seen yet."""
     vectors = batch["embedding"]
     if isinstance(vectors, pa.ChunkedArray):
         vectors = vectors.combine_chunks()
@@ -123,12 +129,12 @@ def _known(batch: Any, fingerprint: str, origin: str, seen: set[str]):
     for row, text_hash in enumerate(hashes):
         if text_hash not in seen:
             seen.add(text_hash)
-            vector = matrix[row].copy()
-            yield text_hash, KnownVector(vector, fingerprint, num_tokens[row], truncated[row], origin)
+            vector = matrix[row].tobytes()
+            yield text_hash, pack(KnownVector(vector, fingerprint, num_tokens[row], truncated[row], origin))
 
 
 class _ReadShard(beam.DoFn):
-    """Path of a shard to (id, PreviousId), and, where the encoder is the same, (content hash, KnownVector)."""
+    """Path of a shard to (id, PREVIOUS), and, where the encoder is the same, (content hash, packed KnownVector)."""
 
     VECTORS = "vectors"
 
@@ -137,18 +143,31 @@ class _ReadShard(beam.DoFn):
 
     def process(self, path: str):
         seen: set[str] = set()  # At most as many as a shard has rows.
-        columns = ["id"] if self._fingerprint is None else ["id", *_WORK_COLUMNS]
-        with open_shard(path) as shard:
-            for batch in shard.iter_batches(columns=columns):
-                for document_id in batch["id"].to_pylist():
-                    yield document_id, PreviousId()
-                if self._fingerprint is not None:
-                    for known in _known(batch, self._fingerprint, "reused", seen):
-                        yield TaggedOutput(self.VECTORS, known)
+        columns = ["id"] if self._fingerprint is None else FIXED_COLUMNS.names
+        for batch in read_shard(path, columns):
+            _check_columns(path, batch.schema, columns)
+            for document_id in batch["id"].to_pylist():
+                yield document_id, PREVIOUS
+            if self._fingerprint is not None:
+                encoders = batch["encoder"].unique().to_pylist()
+                if encoders != [self._fingerprint]:
+                    raise DamagedSnapshotError(path, f"holds vectors of another encoder ({encoders})")
+                for known in _known(batch, self._fingerprint, "reused", seen):
+                    yield TaggedOutput(self.VECTORS, known)
+
+
+def _check_columns(path: str, schema: pa.Schema, names: Sequence[str]) -> None:
+    """Raises DamagedSnapshotError unless a shard has columns as this release writes them."""
+    for name in names:
+        expected = FIXED_COLUMNS.field(name)
+        if name not in schema.names:
+            raise DamagedSnapshotError(path, f"has another schema: there is no column {name}")
+        if not schema.field(name).equals(expected):
+            raise DamagedSnapshotError(path, f"has another schema: {schema.field(name)} is not {expected}")
 
 
 class _ReadWork(beam.DoFn):
-    """Path of a file of saved work to (content hash, KnownVector)."""
+    """Path of a file of saved work to (content hash, packed KnownVector)."""
 
     def __init__(self, fingerprint: str):
         self._fingerprint = fingerprint
@@ -172,7 +191,7 @@ class _ListWork(beam.DoFn):
 class ReadKnownVectors(beam.PTransform):
     """Reads what earlier runs left; takes a pipeline.
 
-    Gives a tuple of (id, PreviousId) for each row of the last snapshot, and (content hash, KnownVector) for the
+    Gives a tuple of (id, PREVIOUS) for each row of the last snapshot, and (content hash, packed KnownVector) for the
     vectors of this encoder.
 
     Attributes:
