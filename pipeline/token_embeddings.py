@@ -28,7 +28,7 @@ class TokenEmbeddings:
     """
 
     def __init__(self, folder: Path):
-        self.key = folder.name
+        self.folder = folder
         self.offsets = np.load(folder / _OFFSETS_FILE)
         flat = np.memmap(folder / _EMBEDDINGS_FILE, dtype=np.float16, mode="r")
         self._embeddings = flat.reshape(self.offsets[-1], -1)

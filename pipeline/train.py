@@ -40,13 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="long texts, as for --sentences; their halves are trained on, alone and together; repeatable",
     )
-    for name, default in (("sentences", 130_000), ("pairs", 12_000), ("documents", 300)):
+    for name in ("sentences", "pairs", "documents"):
         texts.add_argument(
             f"--max_{name}",
             type=_positive,
-            default=default,
             metavar="N",
-            help=f"the most {name} of one file, a random sample of it (default: {default})",
+            help=f"the most {name} of one file, a random sample of it (default: all)",
         )
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument(
@@ -107,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     results.add_argument("--resume", action="store_true", help="go on with the training that the work folder holds")
     results.add_argument(
-        "--keep_work", action="store_true", help="keep the work folder, so that the next training finds the embeddings"
+        "--keep_work", action="store_true", help="keep the token embeddings for the next training on the same texts"
     )
     results.add_argument("--save_every_steps", type=_positive, default=100, metavar="N", help="default: %(default)s")
 
@@ -148,8 +147,11 @@ def run(arguments: argparse.Namespace) -> int:
         training.load_state()
     training.run(arguments.save_every_steps)
     encoder.save_pretrained(output)
+    state_file.unlink()
     if not arguments.keep_work:
-        shutil.rmtree(work_folder)
+        shutil.rmtree(embeddings.folder)
+        if not any(work_folder.iterdir()):  # It may be a folder that holds other things too.
+            work_folder.rmdir()
     for epoch, score in enumerate(training.scores):
         print(f"STS dev after epoch {epoch}: {score:.2f}")
     print(f"checkpoint: {output}")

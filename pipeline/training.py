@@ -236,7 +236,7 @@ class Training:
 
     def _key(self) -> str:
         """What must be the same for one training to go on from the state of another."""
-        return json.dumps([*self._settings, self._encoder.pooling, self._embeddings.key])
+        return json.dumps([*self._settings, self._encoder.pooling, self._embeddings.folder.name])
 
 
 def _rate(step: int, total_steps: int) -> float:

@@ -50,9 +50,9 @@ def read_training_texts(
     sentence_files: Sequence[str],
     pair_files: Sequence[str],
     document_files: Sequence[str],
-    max_sentences: int,
-    max_pairs: int,
-    max_documents: int,
+    max_sentences: int | None,
+    max_pairs: int | None,
+    max_documents: int | None,
     seed: int,
 ) -> TrainingTexts:
     """Reads a training's texts, from each file a random sample that depends only on the file and the seed.
@@ -61,7 +61,7 @@ def read_training_texts(
       sentence_files: text files of a sentence per line, or JSON Lines or Parquet with a field `text`.
       pair_files: JSON Lines or Parquet with the fields of one of `PAIR_COLUMNS`.
       document_files: as `sentence_files`, of long texts.
-      max_sentences: the most that are taken from one file of sentences.
+      max_sentences: the most that are taken from one file of sentences; None for all, as for the next two.
       max_pairs: the most from one file of pairs.
       max_documents: the most from one file of documents.
       seed: of the samples.
@@ -156,7 +156,7 @@ def _long(texts: Sequence[str]) -> list[str]:
     return [text for text in texts if len(text) >= _MIN_DOCUMENT_CHARS]
 
 
-def _sample(items: list, most: int, seed: int) -> list:
+def _sample(items: list, most: int | None, seed: int) -> list:
     """Returns at most so many items, always shuffled, so that a smaller sample is the start of a larger one."""
     return [items[place] for place in np.random.default_rng(seed).permutation(len(items))[:most]]
 

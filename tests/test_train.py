@@ -338,6 +338,21 @@ def test_a_killed_command_resumes_to_the_same_checkpoint(command, tmp_path, monk
     assert sha256_of(tmp_path / "again" / "lstm.safetensors") == expected
 
 
+def test_only_what_the_training_wrote_is_removed_from_its_work_folder(command, tmp_path):
+    work_folder = tmp_path / "work"
+    work_folder.mkdir()
+    (work_folder / "mine.txt").write_text("mine", encoding="utf-8")
+    assert train.run(parsed([*command, "--work_folder", str(work_folder), "--epochs", "1"])) == 0
+    assert [path.name for path in work_folder.iterdir()] == ["mine.txt"]
+
+
+def test_a_work_folder_that_is_kept_serves_the_next_training(command, tmp_path, monkeypatch):
+    options = [*command, "--work_folder", str(tmp_path / "work"), "--epochs", "1", "--keep_work"]
+    assert train.run(parsed(options)) == 0
+    monkeypatch.setattr("pipeline.token_embeddings._compute", lambda *_: pytest.fail("computed again"))
+    assert train.run(parsed(options)) == 0
+
+
 def test_resume_without_a_training_is_refused(command):
     with pytest.raises(FileNotFoundError, match="no training to resume"):
         train.run(parsed([*command, "--resume"]))
