@@ -31,10 +31,9 @@ def sources(tmp_path_factory) -> Path:
     """A copy of what is packaged, since building leaves files beside it; with a checkpoint of this test's own."""
     folder = tmp_path_factory.mktemp("sources") / "copy"
     folder.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
-    for name in ("pipeline", "transforms"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("pipeline", "transforms", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in CHECKPOINT_FILES:
         path = folder / "transforms" / "checkpoints" / "of_the_test" / name
@@ -64,6 +63,13 @@ def wheel(source_package, tmp_path_factory) -> Path:
         archive.extractall(folder)
     (unpacked,) = folder.iterdir()
     return build(unpacked, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_source_package_leaves_the_tests_out(source_package):
+    with tarfile.open(source_package) as archive:
+        folders = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    assert {"pipeline", "transforms", "setup.py"} <= folders
+    assert "tests" not in folders
 
 
 def test_the_wheel_holds_both_packages_with_the_checkpoints_and_nothing_else(wheel):
