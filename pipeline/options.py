@@ -76,7 +76,10 @@ def parse(argv: Sequence[str]) -> EmbedOptions:
     if arguments.help_beam:
         _beam_parser().print_help()
         sys.exit(0)
-    beam_options = [*runner_options(arguments.runner), *rest]
+    try:
+        beam_options = [*runner_options(arguments.runner), *rest]
+    except ValueError as error:
+        parser.error(f"argument --runner: {error}")
     _check_beam_options(parser, beam_options)
     values = vars(arguments)
     del values["help_beam"]
@@ -100,7 +103,11 @@ def _check_beam_options(parser: argparse.ArgumentParser, beam_options: Sequence[
 def _beam_parser() -> argparse.ArgumentParser:
     """Returns a parser of all options that Beam's runners know."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline embed", add_help=False, allow_abbrev=False, conflict_handler="resolve"
+        prog="python -m pipeline embed",
+        usage="%(prog)s [options]",  # Beam's are too many to list them before each error.
+        add_help=False,
+        allow_abbrev=False,
+        conflict_handler="resolve",
     )
     pending = [PipelineOptions]
     while pending:

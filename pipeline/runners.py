@@ -1,5 +1,7 @@
 """The Beam options that each runner needs, from the options a person gives; pure functions."""
 
+from apache_beam.options.pipeline_options import StandardOptions
+
 RUNNERS = {
     "local": "FnApiRunner",
     "fnapirunner": "FnApiRunner",
@@ -16,8 +18,19 @@ def runner_options(runner: str) -> list[str]:
     Args:
       runner: a short name of `RUNNERS` or a name that Beam knows. Beam's own DirectRunner becomes another engine where
         there is a network, so `local` names the in-process one.
+
+    Raises:
+      ValueError: nobody knows the runner.
     """
-    return [f"--runner={RUNNERS.get(runner.lower(), runner)}"]
+    name = RUNNERS.get(runner.lower(), runner)
+    known = [known.lower() for known in StandardOptions.KNOWN_RUNNER_NAMES]
+    # Beam takes its names in any case and without `Runner`, and any class by its full name.
+    if "." not in name and name.lower() not in known and f"{name.lower()}runner" not in known:
+        raise ValueError(
+            f"no runner is called {runner!r}: take {', '.join(RUNNERS)}, or of Beam's own "
+            f"{', '.join(StandardOptions.KNOWN_RUNNER_NAMES)}"
+        )
+    return [f"--runner={name}"]
 
 
 def is_in_process(runner: str) -> bool:
