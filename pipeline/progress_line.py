@@ -71,14 +71,16 @@ def encoding_line(tallies: Mapping[str, int], before: Mapping[str, int], seconds
       seconds: how many.
     """
     encoded, total = tallies["texts_encoded"], tallies["texts_to_encode"]
+    # Tallies are added one by one: a moment after the first text, its tokens may not be there yet.
+    tokens_encoded, tokens_before = tallies.get("tokens_encoded", 0), before.get("tokens_encoded", 0)
     if encoded >= total:
         return f"encoded {total:,} texts, writing"
     line = f"encoded {encoded:,} of {total:,} texts"
-    tokens = tallies["tokens_encoded"] - before["tokens_encoded"]
+    tokens = tokens_encoded - tokens_before
     if not tokens or seconds <= 0:
         return line
     rate = (encoded - before["texts_encoded"]) / seconds
-    left_seconds = (tallies["tokens_to_encode"] - tallies["tokens_encoded"]) / tokens * seconds
+    left_seconds = (tallies["tokens_to_encode"] - tokens_encoded) / tokens * seconds
     return f"{line}, {rate:,.0f}/s, {_duration(left_seconds)} left"
 
 
