@@ -1,0 +1,123 @@
+"""Which device and number type a run gets, on machines of every sort."""
+
+import logging
+
+import pytest
+import torch
+
+from transforms import hardware
+from transforms.hardware import cpu_flags, describe, resolve_device, resolve_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this machine one with these CPU flags, and with a GPU of this compute capability."""
+
+    def make(flags: set[str] | None = None, capability: tuple[int, int] | None = None) -> None:
+        monkeypatch.setattr(hardware, "cpu_flags", lambda: flags or set())
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_gpu", "expected"),
+    [
+        ("auto", False, "cpu"),
+        ("auto", True, "cuda"),
+        ("cpu", False, "cpu"),
+        ("cpu", True, "cpu"),
+        ("cuda", True, "cuda"),
+    ],
+)
+def test_the_device(machine, asked, has_gpu, expected):
+    machine(capability=(8, 9) if has_gpu else None)
+    assert resolve_device(asked).type == expected
+
+
+def test_cuda_is_refused_where_there_is_none(machine):
+    machine()
+    with pytest.raises(RuntimeError, match=r"device cuda was asked for, but .* has no usable GPU .* --device cpu"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "CUDA", "cuda:1"])
+def test_unknown_devices_are_refused(device):
+    with pytest.raises(ValueError, match=f"device '{device}' is none of auto, cpu, cuda"):
+        resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "flags", "capability", "expected"),
+    [
+        ("auto", CPU, {"avx2", "fma"}, None, torch.float32),
+        ("auto", CPU, {"avx512f"}, None, torch.float32),
+        ("auto", CPU, {"avx512f", "avx512_bf16"}, None, torch.bfloat16),
+        ("auto", CPU, {"amx_bf16"}, None, torch.bfloat16),
+        ("auto", CPU, {"asimd", "bf16"}, None, torch.bfloat16),
+        ("auto", CPU, set(), None, torch.float32),
+        ("float32", CPU, {"avx512_bf16"}, None, torch.float32),
+        ("bfloat16", CPU, {"avx512_bf16"}, None, torch.bfloat16),
+        ("auto", CUDA, set(), (7, 5), torch.float16),
+        ("auto", CUDA, set(), (8, 0), torch.bfloat16),
+        ("auto", CUDA, set(), (9, 0), torch.bfloat16),
+        ("float16", CUDA, set(), (9, 0), torch.float16),
+        ("float32", CUDA, set(), (9, 0), torch.float32),
+    ],
+)
+def test_the_dtype(machine, caplog, asked, device, flags, capability, expected):
+    machine(flags, capability)
+    assert resolve_dtype(asked, device) == expected
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(("device", "capability"), [(CPU, None), (CUDA, (7, 5))])
+def test_emulated_bfloat16_is_given_with_a_warning_to_who_asks_for_it(machine, caplog, device, capability):
+    machine({"avx2"}, capability)
+    with caplog.at_level(logging.WARNING):
+        assert resolve_dtype("bfloat16", device) == torch.bfloat16
+    assert [record.message for record in caplog.records] == [
+        f"bfloat16 is not native to this {device.type}: it is emulated and far slower than float32"
+    ]
+
+
+def test_unknown_and_unfit_dtypes_are_refused(machine):
+    machine()
+    with pytest.raises(ValueError, match="dtype 'int8' is none of auto, float32, bfloat16, float16"):
+        resolve_dtype("int8", CPU)
+    with pytest.raises(ValueError, match="dtype float16 is for GPUs: on a CPU take float32, bfloat16 or auto"):
+        resolve_dtype("float16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "flags"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t\t: fpu\n", {"fpu", "avx2"}),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}),
+        ("processor\t: 0\nmodel name\t: flags of old\n", set()),
+        (None, set()),
+    ],
+)
+def test_the_cpus_flags_are_read_on_x86_and_arm(monkeypatch, tmp_path, cpuinfo, flags):
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    monkeypatch.setattr(hardware, "Path", lambda name: {"/proc/cpuinfo": path}[name])
+    assert cpu_flags() == flags
+
+
+def test_a_device_is_described_for_the_manifest(machine):
+    machine(capability=(8, 9))
+    assert (describe(CPU), describe(CUDA)) == ("cpu", "cuda (NVIDIA L4)")
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_is_taken_and_named():
+    device = resolve_device("auto")
+    assert device.type == "cuda"
+    assert describe(device).startswith("cuda (")
+    assert resolve_dtype("auto", device) in (torch.bfloat16, torch.float16)
