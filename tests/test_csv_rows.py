@@ -123,10 +123,10 @@ def test_a_row_over_the_limit_says_what_it_takes_along():
     data = b'1,x\n2,"' + b"yyyyyyyyy\n" * 5
     (_, row) = rows_of(data, 20)
     assert isinstance(row.cells, UnusableRecord)
-    assert row.cells.detail == "a row of 53 bytes, from line 2 to the end of the file, since a quote is not closed"
+    assert row.cells.detail == "a row of 53 bytes, lines 2 to 6, whose quotes are never closed"
     (_, row) = rows_of(data + b'"\n', 20)
     assert isinstance(row.cells, UnusableRecord)
-    assert row.cells.detail == "a row of 55 bytes, from line 2 to line 7"
+    assert row.cells.detail == "a row of 55 bytes, lines 2 to 7"
 
 
 def test_cells_may_be_larger_than_pythons_own_limit():

@@ -2,7 +2,6 @@ import datetime
 import decimal
 import io
 import uuid
-from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -297,6 +296,15 @@ def test_rows_before_the_damage_are_kept():
     assert f": {20_000 - rejected.position:,} rows are lost, from row {rejected.position} of" in rejected.detail
 
 
+def test_a_dictionary_with_wrong_indices_is_damage():
+    broken = pa.DictionaryArray.from_arrays(pa.array([0, 5], pa.int8()), pa.array(["a"]), safe=False)
+    parquet = ParquetInput(RawFile(io.BytesIO(written(table_of(2))), "f"))
+    batch = pa.record_batch({"id": pa.array(["1", "2"]), "text": broken})
+    make = DocumentMaker(["text"], "id", NO_FIELDS, {})
+    with pytest.raises(CorruptParquetError):
+        list(parquet._read_batch(batch, 0, make, NO_FIELDS, LIMIT))
+
+
 def test_every_flipped_bit_is_an_error_or_harmless_or_named():
     data = written(table_of(300), 100, write_page_checksum=True)
     expected = documents_of(range(300))
@@ -339,10 +347,13 @@ def test_a_file_that_cannot_be_read_is_no_corrupt_file():
 
 def test_large_rows_are_decoded_a_few_at_a_time(monkeypatch):
     batch_sizes = []
-    iter_batches: Callable = pq.ParquetFile.iter_batches
-    monkeypatch.setattr(
-        pq.ParquetFile, "iter_batches", lambda self, size, *args, **kw: batch_sizes.append(size) or iter_batches(
-            self, size, *args, **kw))  # fmt: skip
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def record(self, batch_size, *arguments, **options):
+        batch_sizes.append(batch_size)
+        return iter_batches(self, batch_size, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", record)
     texts = [f"{row}" * (4 << 20) for row in range(4)]
     table = pa.table({"id": list("abcd"), "text": texts})
     assert [record.text for record in read(written(table), max_bytes=1 << 30) if isinstance(record, Document)] == texts

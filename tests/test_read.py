@@ -18,6 +18,8 @@ import pytest
 import zstandard
 from apache_beam.metrics import MetricsFilter
 from apache_beam.testing.util import assert_that, equal_to
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from transforms import progress
 from transforms.files import match_files
@@ -167,11 +169,18 @@ def torture(folder: Path) -> list[Document | Rejected]:
     for number in (1, 2, 3):
         sound("a", path, number)
     detail = "not a sound gz stream after 1 whole: Error -3 while decompressing data: incorrect header check"
-    unusable(path, 4, "", "corrupt_file", f"{detail}; what follows its 3 whole lines is lost", "")
+    unusable(
+        path,
+        4,
+        "",
+        "corrupt_file",
+        f"{detail}; what follows its 3 whole lines is lost, and these may be damaged too",
+        "",
+    )
 
     path = write("d.csv", b"id,text,year\na,t,\nb," + b"x" * 2000 + b',1\nc,t,\nd,t\ne,"t,\nf,t,')
     sound("a", path, 2)
-    unusable(path, 3, "", "too_large", "a row of 2,004 bytes, from line 3 to line 3", ("b," + "x" * 2000)[:120])
+    unusable(path, 3, "", "too_large", "a row of 2,004 bytes", ("b," + "x" * 2000)[:120])
     sound("c", path, 4)
     unusable(path, 5, "", "malformed_record", "2 cells where the header has 3", "d,t\n")
     unusable(path, 6, "", "malformed_record", "not CSV: unexpected end of data", 'e,"t,\n')
@@ -271,6 +280,46 @@ def test_large_files_are_read_in_ranges_with_offsets_as_positions(tmp_path, form
     check(ReadDocuments([str(path)], split_bytes=13, max_document_bytes=50), by_offset)
 
 
+BYTES = st.lists(
+    st.sampled_from(
+        [b"\n", b"\r\n", b'{"id": "a", "text": "t"}', b"a,t", b'"', b",", b"\xff", b"x", b"{}", b"\0", b" "]
+    ),
+    max_size=30,
+).map(b"".join)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=BYTES, split_bytes=st.integers(1, 40), limit=st.sampled_from([3, 1000]), codec=st.sampled_from(["", ".gz"]))
+def test_every_line_is_accounted_for_whatever_it_is(tmp_path, data, split_bytes, limit, codec):
+    stored = COMPRESS[codec](data)
+    fields = {"split_bytes": split_bytes, "max_document_bytes": limit}
+    lines = data.split(b"\n")
+    num_lines = len(lines) - (lines[-1] in (b"", b"\r"))
+
+    def read(name: str) -> list[Document | Rejected]:
+        (tmp_path / name).write_bytes(stored)
+        return read_plainly(tmp_path / name, **fields)
+
+    assert len(read(f"a.txt{codec}")) == num_lines
+    blank = sum(not line.strip() and len(line) <= limit for line in lines)
+    assert len(read(f"a.jsonl{codec}")) <= num_lines
+    assert len(read(f"a.jsonl{codec}")) >= len(lines) - blank
+    stored = COMPRESS[codec](b"id,text\n" + data)
+    positions = [record.position for record in read(f"a.csv{codec}")]
+    assert positions == sorted(set(positions))
+    assert len(read_plainly(tmp_path / f"a.csv{codec}", input_format="file")) == 1
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=50))
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.bz2", "a.csv.xz", "a.txt.zst", "a.parquet"])
+def test_files_of_another_format_than_their_name_says_are_rejected(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    (rejected,) = read_plainly(tmp_path / name)
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason in ("truncated_file", "corrupt_file")
+
+
 def test_a_file_that_several_globs_match_is_read_once(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one\n")
     (tmp_path / "b.txt").write_text("two\n")
@@ -294,7 +343,7 @@ def test_what_was_planned_is_read(tmp_path):
     long = '{"body": "' + "x" * 100 + '"}'
     path.write_text('{"body": "t", "year": 1}\n' + long + "\n")
     plan = plan_inputs([str(path)], "auto", ["body"], keep_fields=["year"])
-    expected = [
+    expected: list[Document | Rejected] = [
         Document(content_hash("t"), "t", str(path), 1, {"year": 1}, True),
         Rejected(str(path), 2, "", "too_large", "a line of 112 bytes", long),
     ]

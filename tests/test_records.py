@@ -94,6 +94,7 @@ def test_values_nested_too_deeply_to_be_written_do_not_fit():
 
 
 def test_rejected_records_can_be_written_as_utf8():
-    error = UnusableRecord("invalid_utf8", "why", "a")
+    error = UnusableRecord("invalid_utf8", "why")
+    error.id = "a"
     assert rejected("file", 3, error, "\ud800 text") == Rejected("file", 3, "a", "invalid_utf8", "why", "? text")
     assert rejected("file", 3, error, b"\xff text").preview == "\ufffd text"

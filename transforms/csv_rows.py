@@ -2,16 +2,14 @@
 
 import csv
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from transforms.decompress import split_codec
-from transforms.lines import LongLine
+from transforms.fields import column_indices
+from transforms.lines import Lines, LongLine
 from transforms.records import DocumentMaker, UnusableRecord, rejected
 from transforms.schema import Document, Rejected
-
-Lines = Iterable[tuple[int, bytes | LongLine]]
-"""Lines with their numbers; lines keep their ends, which inside quotes are text."""
 
 
 class Row(NamedTuple):
@@ -68,20 +66,6 @@ def read_csv(
             yield make_document(record, source, number)
         except UnusableRecord as error:
             yield rejected(source, number, error, first_line)
-
-
-def column_indices(columns: Sequence[str], names: Iterable[str], source: str) -> dict[str, int]:
-    """Returns the places of named columns.
-
-    Raises:
-      ValueError: a name is no column of the file, or the name of several.
-    """
-    for name in names:
-        if name not in columns:
-            raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
-        if columns.count(name) > 1:
-            raise ValueError(f"{source} has {columns.count(name)} columns {name!r}: rename all but one")
-    return {name: columns.index(name) for name in names}
 
 
 def read_rows(lines: Lines, delimiter: str, max_bytes: int) -> Iterator[Row]:
@@ -175,8 +159,9 @@ class _LineFeed:
                 is_open = _num_quotes(self._take()) % 2 == 0
             except StopIteration:
                 break
-        end = "the end of the file, since a quote is not closed" if is_open else f"line {self._row[-1][0]}"
-        return f"a row of {self._row_bytes:,} bytes, from line {self._row[0][0]} to {end}"
+        first, last = self._row[0][0], self._row[-1][0]
+        reach = "" if first == last else f", lines {first} to {last}"
+        return f"a row of {self._row_bytes:,} bytes{reach}{', whose quotes are never closed' if is_open else ''}"
 
 
 def _num_quotes(line: bytes | LongLine) -> int:

@@ -1,4 +1,4 @@
-"""The fields a document keeps: their Arrow types, named or inferred, and values made to fit them."""
+"""The fields of the input: columns by name, the Arrow types of those kept, and values made to fit them."""
 
 import functools
 import json
@@ -110,6 +110,20 @@ def _with_items(type_: pa.DataType, change: Callable[[pa.DataType], pa.DataType]
     if pa.types.is_list(type_):
         return pa.list_(type_.value_field.with_type(change(type_.value_type)))
     return type_
+
+
+def column_indices(columns: Sequence[str], names: Iterable[str], source: str) -> dict[str, int]:
+    """Returns the places of named columns.
+
+    Raises:
+      ValueError: a name is no column of the file, or the name of several.
+    """
+    for name in names:
+        if name not in columns:
+            raise ValueError(f"{source} has no column {name!r}; its columns are {', '.join(map(repr, columns))}")
+        if columns.count(name) > 1:
+            raise ValueError(f"{source} has {columns.count(name)} columns {name!r}: rename all but one")
+    return {name: columns.index(name) for name in names}
 
 
 def infer_type(values: Iterable[Any]) -> pa.DataType:

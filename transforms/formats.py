@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transforms.decompress import split_codec
-from transforms.lines import BYTE_ORDER_MARK, LongLine
+from transforms.lines import BYTE_ORDER_MARK, Lines, LongLine
 from transforms.records import DocumentMaker, UnusableRecord, rejected
 from transforms.schema import Document, Rejected, content_hash, preview
 
@@ -72,7 +72,7 @@ def parse_json_object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def read_text(lines: Iterable[tuple[int, bytes | LongLine]], source: str) -> Iterator[Document | Rejected]:
+def read_text(lines: Lines, source: str) -> Iterator[Document | Rejected]:
     """Yields a document per line.
 
     Args:
@@ -86,9 +86,7 @@ def read_text(lines: Iterable[tuple[int, bytes | LongLine]], source: str) -> Ite
             yield whole_document(line, source, position)
 
 
-def read_jsonl(
-    lines: Iterable[tuple[int, bytes | LongLine]], source: str, make_document: DocumentMaker
-) -> Iterator[Document | Rejected]:
+def read_jsonl(lines: Lines, source: str, make_document: DocumentMaker) -> Iterator[Document | Rejected]:
     """Yields a document per line that holds a JSON object; blank lines are no records.
 
     Args:

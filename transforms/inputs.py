@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from transforms.csv_rows import column_indices, delimiter_of, read_rows
+from transforms.csv_rows import delimiter_of, read_rows
 from transforms.decompress import CorruptStreamError, TruncatedStreamError, decompress, split_codec
 from transforms.fields import (
     KeptField,
+    column_indices,
     column_type,
     infer_type,
     is_known,

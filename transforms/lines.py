@@ -27,6 +27,10 @@ class LongLine(NamedTuple):
     num_quotes: int
 
 
+Lines = Iterable[tuple[int, bytes | LongLine]]
+"""Lines with their positions in the file."""
+
+
 def read_lines(
     chunks: Iterable[bytes], max_bytes: int, offset: int = 0, keep_ends: bool = False
 ) -> Iterator[tuple[int, bytes | LongLine]]:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transforms.csv_rows import column_indices
-from transforms.fields import Converter, column_type, storage_type
+from transforms.fields import Converter, column_indices, column_type, storage_type
 from transforms.files import RawFile
 from transforms.records import DocumentMaker, UnusableRecord, rejected
 from transforms.schema import Document, Rejected, preview
@@ -87,11 +86,6 @@ class ParquetInput:
             row += group.num_rows
         return plan
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the file, as its footer says."""
-        return self._parquet.metadata.num_rows
-
     def read(
         self, groups: RowGroups, make_document: DocumentMaker, kept_fields: pa.Schema, max_bytes: int
     ) -> Iterator[Document | Rejected]:
@@ -109,8 +103,7 @@ class ParquetInput:
             row = first_row
             try:
                 for batch in self._batches(index, make_document.field_names):
-                    for document in _batch_documents(batch, self._file.path, row, make_document, kept_fields):
-                        yield _bounded(document, max_bytes)
+                    yield from self._read_batch(batch, row, make_document, kept_fields, max_bytes)
                     row += batch.num_rows
                 if row - first_row != num_rows:
                     raise CorruptParquetError(f"it holds {row - first_row:,} rows where the footer says {num_rows:,}")
@@ -127,6 +120,29 @@ class ParquetInput:
         batches = self._parquet.iter_batches(batch_rows, [index], list(columns), use_threads=False)
         while (batch := self._decode(lambda: next(batches, None))) is not None:
             yield batch
+
+    def _read_batch(
+        self,
+        batch: pa.RecordBatch,
+        first_row: int,
+        make_document: DocumentMaker,
+        kept_fields: pa.Schema,
+        max_bytes: int,
+    ) -> Iterator[Document | Rejected]:
+        source = self._file.path
+        columns = self._decode(
+            lambda: {name: _string_values(batch.column(name)) for name in make_document.string_fields}
+        )
+        kept_columns = {kept.name: _kept_values(batch.column(kept.name), kept.type) for kept in kept_fields}
+        for index in range(batch.num_rows):
+            record = {name: column[index] for name, column in columns.items()}
+            kept = {name: column[index] for name, column in kept_columns.items()}
+            try:
+                document = make_document(record, source, first_row + index, kept)
+            except UnusableRecord as error:
+                yield rejected(source, first_row + index, error, str(record))
+            else:
+                yield _bounded(document, max_bytes)
 
 
 def check_columns(
@@ -174,25 +190,9 @@ def _fitted(value: Any) -> Any:
     return value
 
 
-def _batch_documents(
-    batch: pa.RecordBatch, source: str, first_row: int, make_document: DocumentMaker, kept_fields: pa.Schema
-) -> Iterator[Document | Rejected]:
-    kept_names = kept_fields.names
-    names = [name for name in make_document.field_names if name not in kept_names or make_document.is_text_or_id(name)]
-    columns = [_string_values(batch.column(name)) for name in names]
-    kept_columns = [_kept_values(batch.column(field.name), field.type) for field in kept_fields]
-    for index in range(batch.num_rows):
-        record = {name: column[index] for name, column in zip(names, columns, strict=True)}
-        kept = {name: column[index] for name, column in zip(kept_names, kept_columns, strict=True)}
-        try:
-            yield make_document(record, source, first_row + index, kept)
-        except UnusableRecord as error:
-            yield rejected(source, first_row + index, error, str(record))
-
-
-def _bounded(document: Document | Rejected, max_bytes: int) -> Document | Rejected:
+def _bounded(document: Document, max_bytes: int) -> Document | Rejected:
     """Returns the document, or a reject where its text is over the limit."""
-    if isinstance(document, Rejected) or len(document.text) * 4 <= max_bytes:
+    if len(document.text) * 4 <= max_bytes:  # No character takes more bytes.
         return document
     num_bytes = len(document.text.encode("utf-8"))
     if num_bytes <= max_bytes:

@@ -17,7 +17,7 @@ from transforms.fields import Converter, json_converter, text_converter
 from transforms.files import InputFile, RawFile, match_files, open_file
 from transforms.formats import INPUT_FORMATS, file_format, read_jsonl, read_text, read_whole
 from transforms.inputs import InputPlan, plan_inputs
-from transforms.lines import LongLine, read_lines, read_range
+from transforms.lines import Lines, LongLine, read_lines, read_range
 from transforms.parquet_rows import CorruptParquetError, ParquetInput, RowGroups, check_columns, parquet_converters
 from transforms.records import DocumentMaker
 from transforms.schema import Document, Rejected
@@ -218,12 +218,12 @@ def _read_stream(part: Part, chunks: Iterable[bytes], spec: ReadSpec) -> Iterato
             yield Rejected(path, 0, "", reason, str(error), "")
         else:
             detail = f"{error}; what follows its {lines.number} whole lines is lost"
+            if reason == "corrupt_file":
+                detail += ", and these may be damaged too"
             yield Rejected(path, lines.number + 1, "", reason, detail, "")
 
 
-def _read_lines_as(
-    format_: str, lines: Iterable[tuple[int, bytes | LongLine]], path: str, spec: ReadSpec
-) -> Iterator[Document | Rejected]:
+def _read_lines_as(format_: str, lines: Lines, path: str, spec: ReadSpec) -> Iterator[Document | Rejected]:
     if format_ == "text":
         return read_text(lines, path)
     if format_ == "jsonl":
@@ -236,7 +236,7 @@ def _read_lines_as(
 class _NumberedLines:
     """Lines with their numbers from 1 in place of their offsets; `number` is that of the last one taken."""
 
-    def __init__(self, lines: Iterable[tuple[int, bytes | LongLine]]):
+    def __init__(self, lines: Lines):
         self._lines = lines
         self.number = 0
 

@@ -18,11 +18,11 @@ class UnusableRecord(Exception):
       id: the record's id where it is known, else empty.
     """
 
-    def __init__(self, reason: str, detail: str, id_: str = ""):
-        super().__init__(reason, detail, id_)
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
-        self.id = id_
+        self.id = ""
 
 
 def rejected(source: str, position: int, error: UnusableRecord, record: str | bytes) -> Rejected:
@@ -40,7 +40,8 @@ class DocumentMaker:
       converters: what makes a value fit, by kept field.
 
     Attributes:
-      field_names: every field it looks at.
+      string_fields: the fields of text and id.
+      field_names: these and the kept fields.
     """
 
     def __init__(
@@ -50,15 +51,12 @@ class DocumentMaker:
         kept_fields: pa.Schema,
         converters: Mapping[str, Converter],
     ):
-        self.field_names = tuple(dict.fromkeys([*text_fields, *([id_field] if id_field else []), *converters]))
+        self.string_fields = tuple(dict.fromkeys([*text_fields, *([id_field] if id_field else [])]))
+        self.field_names = tuple(dict.fromkeys([*self.string_fields, *converters]))
         self._text_fields = tuple(text_fields)
         self._id_field = id_field
         self._kept_fields = kept_fields
         self._converters = converters
-
-    def is_text_or_id(self, name: str) -> bool:
-        """Returns whether a field is more than copied."""
-        return name in self._text_fields or name == self._id_field
 
     def __call__(
         self, record: Mapping[str, Any], source: str, position: int, kept: Mapping[str, Any] | None = None
