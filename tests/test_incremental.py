@@ -98,7 +98,7 @@ def match(values, rows, texts, waiting=()):
     with pipeline() as p:
         packed = [(text_hash, value if isinstance(value, str) else pack(value)) for text_hash, value in values]
         found_rows, found_texts, found_waiting = p | beam.Create(packed) | MatchTexts()
-        described = found_rows | "d" >> beam.Map(lambda row: (row.id, row.origin, row.embedding.tobytes()))
+        described = found_rows | "d" >> beam.Map(lambda row: (row[0], row[-1], row[1]))
         assert_that(described, equal_to(rows), label="rows")
         counted = found_texts | beam.Map(lambda one: (one.text, len(one.references), one.has_more))
         assert_that(counted, equal_to(texts), label="texts")
@@ -155,7 +155,7 @@ def test_every_reference_gets_the_outcome_of_its_text(outcome):
         rows, rejected = (outcomes, waiting) | HandOutVectors()
         ids = [one.id for one in references]
         usable = isinstance(outcome, KnownVector)
-        assert_that(rows | beam.Map(lambda row: row.id), equal_to(ids if usable else []), label="rows")
+        assert_that(rows | beam.Map(lambda row: row[0]), equal_to(ids if usable else []), label="rows")
         reasons = rejected | beam.Map(lambda one: (one.id, one.reason, one.detail))
         assert_that(reasons, equal_to([] if usable else [(id_, *outcome) for id_ in ids]), label="rejected")
 

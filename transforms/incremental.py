@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import apache_beam as beam
-import numpy as np
 from apache_beam.pvalue import TaggedOutput
 
-from transforms.schema import Document, Embedding, Rejected, content_hash, preview
+from transforms.schema import Document, Rejected, content_hash, preview
 
 _REFERENCES_WITH_TEXT = 1000
 """References that travel with their text through the encoder; those beyond wait for its vector in a shuffle."""
@@ -99,11 +98,11 @@ def unpack(value: Any) -> Any:
     return _RECORDS[value[0]]._make(value[1:]) if isinstance(value, tuple) else value
 
 
-def embedding_of(reference: Reference, known: KnownVector) -> Embedding:
-    """Returns the output row of a document whose text has this vector."""
-    return Embedding(
+def row_of(reference: Reference, known: KnownVector) -> tuple:
+    """Returns the row, as `schema.pack_row` packs it, of a document whose text has this vector."""
+    return (
         reference.id,
-        np.frombuffer(known.vector, np.float32),
+        known.vector,
         reference.content_hash,
         known.encoder,
         known.num_tokens,
@@ -240,7 +239,7 @@ class _MeetByText(beam.DoFn):
         if references and known is not None:
             for value in map(unpack, values) if has_more else references:
                 if isinstance(value, Reference):
-                    yield TaggedOutput(self.ROWS, embedding_of(value, known))
+                    yield TaggedOutput(self.ROWS, row_of(value, known))
         elif references:
             if text is None:
                 raise AssertionError(f"no text came with content hash {text_hash}")
@@ -262,7 +261,7 @@ def _preferred(one: KnownVector | None, other: KnownVector) -> KnownVector:
 class MatchTexts(beam.PTransform):
     """References, texts and known vectors, all by content hash, to rows and to texts that are to be encoded.
 
-    Takes (content hash, str or packed Reference or KnownVector); gives a tuple of Embedding rows, TextToEncode, and
+    Takes (content hash, str or packed Reference or KnownVector); gives a tuple of packed rows, TextToEncode, and
     (content hash, packed Reference) of the references beyond the first thousand of a text that is to be encoded.
     """
 
@@ -306,7 +305,7 @@ def _handed_out(references: Iterable[Reference], result: KnownVector | Unusable)
         if isinstance(result, Unusable):
             yield TaggedOutput(_HandOut.REJECTED, rejected_of(reference, *result))
         else:
-            yield embedding_of(reference, result)
+            yield row_of(reference, result)
 
 
 @dataclass
@@ -314,7 +313,7 @@ class HandOutVectors(beam.PTransform):
     """(outcomes, waiting) to (rows, rejected): each reference gets the outcome of its text.
 
     Takes outcomes, a (TextToEncode with its text dropped, KnownVector or Unusable) for each text, and the waiting
-    references of `MatchTexts`; gives a tuple of Embedding rows and Rejected.
+    references of `MatchTexts`; gives a tuple of packed rows and Rejected.
     """
 
     def expand(self, inputs):

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected
+from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, pack_row
 from transforms.snapshots import open_shard
 
 ROWS_PER_SHARD = 250_000
@@ -282,6 +282,8 @@ class _WriteShards(beam.PTransform):
 class WriteEmbeddings(beam.PTransform):
     """(PCollection of Embedding, PCollection of one int: about how many) to ShardFiles `embeddings-*.parquet`.
 
+    Rows that `schema.pack_row` has packed already are taken as well.
+
     Attributes:
       folder: the snapshot's.
       schema: of the shards, as `output_schema` makes it.
@@ -350,9 +352,8 @@ class WriteRejected(beam.PTransform):
         )
 
 
-def _packed(row: Embedding | Rejected) -> tuple:
-    """Returns a row as a plain tuple with its vector as bytes, which Beam encodes ten times faster than it pickles."""
-    return tuple(row._replace(embedding=row.embedding.tobytes()) if isinstance(row, Embedding) else row)
+def _packed(row: Embedding | Rejected | tuple) -> tuple:
+    return pack_row(row) if isinstance(row, Embedding) else tuple(row)
 
 
 def _unpacked_embedding(values: Sequence[Any]) -> Embedding:
@@ -370,8 +371,8 @@ def _count_rows(path: str) -> int:
         return shard.metadata.num_rows
 
 
-def _embedding_name(row: Embedding) -> str:
-    return row.id
+def _embedding_name(row: Embedding | tuple) -> str:
+    return row[0]
 
 
 def _embedding_tallies(row: Embedding) -> dict[str, int]:
