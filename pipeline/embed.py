@@ -19,6 +19,7 @@ from pipeline.runners import is_in_process
 from pipeline.sample import write_sample
 from pipeline.summary import summary
 from transforms import storage
+from transforms.checkpoint import cache_folder
 from transforms.encoder import BertLstmEncoder
 from transforms.hardware import resolve_device, resolve_dtype
 from transforms.publish import abandon, check_not_overtaken, claim
@@ -96,7 +97,7 @@ def plan(options: EmbedOptions) -> Job:
         resolve_dtype(options.dtype, resolve_device(options.device))
     storage.check_url(options.output)
     encoder = describe_encoder(options.checkpoint, options.max_tokens)
-    patterns = options.input or (str(write_sample(_cache_folder())),)
+    patterns = options.input or (str(write_sample(cache_folder())),)
     inputs = plan_inputs(
         patterns,
         options.input_format,
@@ -159,11 +160,6 @@ def describe_encoder(checkpoint: str, max_tokens: int | None) -> dict[str, Any]:
 
 
 _SAMPLE_FIELDS = ("module", "kind")
-
-
-def _cache_folder() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "embed-corpus")
 
 
 def _latest(output: str) -> Snapshot | None:

@@ -17,7 +17,6 @@ from transforms.incremental import (
 )
 from transforms.inference import Encoded, EncodeDocuments, EncoderModelHandler, Failed
 from transforms.known_vectors import ReadKnownVectors, WorkSaver
-from transforms.read import ReadDocuments
 from transforms.reconcile import PublishSnapshot, Run
 from transforms.schema import Document
 from transforms.snapshots import work_folder
@@ -31,7 +30,7 @@ class Job:
 
     Attributes:
       run: the run.
-      read: the transform that reads the corpus.
+      read: the transform that reads the corpus, `ReadDocuments` or one with its outputs.
       schema: of the shards.
       rows_per_shard: the most rows of a file.
       compression: Parquet codec.
@@ -48,7 +47,7 @@ class Job:
     """
 
     run: Run
-    read: ReadDocuments
+    read: beam.PTransform
     schema: pa.Schema
     rows_per_shard: int
     compression: str

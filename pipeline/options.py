@@ -23,7 +23,7 @@ class EmbedOptions:
       input_format: auto, text, jsonl, csv, parquet or file.
       text_field: fields whose values make up the text; None where not given.
       id_field: the field of the id; None where not given.
-      keep_fields: fields to copy, each `name` or `name:type`.
+      keep_fields: fields to copy, `name` or `name:type`, parted by commas.
       max_document_bytes: the longest record.
       output: folder of the snapshots.
       rows_per_shard: the most rows of a file.
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> EmbedOptions:
     del values["help_beam"]
     values["input"] = tuple(arguments.input)
     values["text_field"] = tuple(arguments.text_field) if arguments.text_field else None
-    values["keep_fields"] = tuple(name.strip() for name in arguments.keep_fields.split(",") if name.strip())
+    values["keep_fields"] = (arguments.keep_fields,) if arguments.keep_fields else ()
     return EmbedOptions(**values, beam_options=tuple(beam_options))
 
 
@@ -114,7 +114,7 @@ def _beam_parser() -> argparse.ArgumentParser:
         options_class = pending.pop()
         pending.extend(options_class.__subclasses__())
         if "_add_argparse_args" in vars(options_class):
-            options_class._add_argparse_args(parser)
+            options_class._add_argparse_args(parser)  # type: ignore[arg-type] # All they need is add_argument.
     return parser
 
 

@@ -225,8 +225,8 @@ def test_embed_documents_embeds_or_rejects_each_document_once(tiny_checkpoint):
     expected = BertLstmEncoder.from_pretrained(tiny_checkpoint).encode(TEXTS)
     documents = [Document(str(place), text, "made", place, {"year": 2000 + place}) for place, text in enumerate(TEXTS)]
     unusable = [
-        Document("none", None, "made", 90),  # type: ignore[arg-type]
-        Document("number", 5, "made", 91),  # type: ignore[arg-type]
+        Document("none", None, "made", 90),
+        Document("number", 5, "made", 91),
         Document("surrogate", "a \ud800", "made", 92),
     ]
     with run_pipeline() as pipeline:

@@ -171,7 +171,8 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Returns the folder of what this machine keeps to save itself a download or a computation."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "embed-corpus"
 
@@ -196,7 +197,7 @@ def _downloaded(url: str) -> Path:
         raise FileNotFoundError(f"no checkpoint at {url}: no object's name begins so")
     listing = json.dumps([(blob.name, blob.generation, blob.size) for blob in blobs])
     key = hashlib.sha256(f"{url}\n{listing}".encode()).hexdigest()[:32]
-    target = _cache_folder() / key
+    target = cache_folder() / key
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -34,10 +34,17 @@ _ENCODER_KEY = b"encoder"
 class _Encoded(Protocol):
     """What `inference.Encoded` has, of which this file must not know."""
 
-    content_hash: str
-    vector: np.ndarray
-    num_tokens: int
-    truncated: bool
+    @property
+    def content_hash(self) -> str: ...
+
+    @property
+    def vector(self) -> np.ndarray: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def truncated(self) -> bool: ...
 
 
 class WorkSaver:
