@@ -217,6 +217,17 @@ def test_a_writer_waits_for_one_that_is_about_to_write_and_sees_its_write(tmp_pa
     assert os.listdir(tmp_path) == ["LATEST"]
 
 
+def test_a_writer_that_waited_for_one_that_gave_up_writes(tmp_path):
+    url = str(tmp_path / "LATEST")
+    late = threading.Thread(target=storage.create_exclusively, args=(url, b"late"))
+    with storage._locked(url):
+        late.start()
+        time.sleep(0.1)
+    late.join()
+    assert storage.read_versioned(url).data == b"late"
+    assert os.listdir(tmp_path) == ["LATEST"]
+
+
 def test_relative_paths_and_odd_names_are_taken_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     url = storage.join("out[1]*?", "LATEST")
