@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.search import read_snapshot_of
-from pipeline.text_table import text_table
+from pipeline.text_table import text_pairs, text_table
 from transforms.audit import audit
 from transforms.diff import CATEGORIES, diff
 from transforms.schema import REJECT_REASONS
@@ -21,7 +21,7 @@ SAMPLED_ROWS_PER_SHARD = 12_500
 """Norms and tokens are measured on the first so many rows of so many shards: 100,000 rows at most."""
 
 _LISTED_SHARDS = 8
-_SHOWN_NUMBERS = 4
+_SHOWN_ITEMS = 4
 _SHOWN_FAULTS = 20
 
 
@@ -127,22 +127,21 @@ def _as_json(value: Any) -> str:
 
 
 def _as_text(snapshot: Snapshot, description: Mapping[str, Any]) -> str:
-    manifest, sampled = snapshot.manifest, description["sampled_rows"]
-    encoder = manifest["encoder"]
+    manifest = snapshot.manifest
     sections = [
-        text_table(
-            ["snapshot", snapshot.name],
+        text_pairs(
             [
-                ["in", snapshot.folder],
-                ["created", manifest["created"]],
-                ["made from", manifest["previous"] or "nothing"],
-                ["took", f"{manifest['seconds']:,.1f} seconds, {manifest['runner']}"],
-                ["published here", f"{len(description['published'])} snapshots"],
+                ("snapshot", snapshot.name),
+                ("in", snapshot.folder),
+                ("created", manifest["created"]),
+                ("made from", manifest["previous"] or "nothing"),
+                ("took", f"{manifest['seconds']:,.1f} seconds on {manifest['runner']}"),
+                ("published", f"{len(description['published'])} in this folder, {description['published'][-1]} last"),
             ],
             indent="",
         ),
-        "encoder\n" + text_table(["fingerprint", encoder["fingerprint"][:16] + "…"], _encoder_rows(encoder)),
-        "counts\n" + text_table(["", "documents"], [[name, count] for name, count in manifest["counts"].items()]),
+        "encoder\n" + text_pairs(manifest["encoder"].items()),
+        "counts\n" + text_table(["", "number"], list(manifest["counts"].items())),
     ]
     if manifest["rejected_by_reason"]:
         rejected = manifest["rejected_by_reason"].items()
@@ -155,37 +154,23 @@ def _as_text(snapshot: Snapshot, description: Mapping[str, Any]) -> str:
         listed.append([f"{len(rest)} more", sum(s["rows"] for s in rest), sum(s["bytes"] for s in rest)])
     sections.append(f"shards: {len(shards)}\n" + text_table(["file", "rows", "bytes"], listed))
     if shards:
-        sections.append("schema\n" + text_table(["column", "type"], list(description["schema"].items())))
+        sections.append("schema\n" + text_pairs(description["schema"].items()))
         spreads = [[name, *map(float, description[name].values())] for name in ("norms", "num_tokens")]
         sections.append(
-            f"measured on {sampled:,} of {snapshot.num_rows:,} rows\n" + text_table(["", "min", "mean", "max"], spreads)
+            f"measured on {description['sampled_rows']:,} of {snapshot.num_rows:,} rows\n"
+            + text_table(["", "min", "mean", "max"], spreads)
         )
     if description["rows"]:
-        names = list(description["rows"][0])
-        shown = [[_shown(row[name]) for name in names] for row in description["rows"]]
-        sections.append(f"first {len(shown)} rows\n" + "\n".join(_vertical(names, row) for row in shown))
+        sections.append(f"first {len(description['rows'])} rows")
+        sections += [text_pairs((name, _shown(value)) for name, value in row.items()) for row in description["rows"]]
     return "\n\n".join(sections)
 
 
-def _encoder_rows(encoder: Mapping[str, Any]) -> list[list[Any]]:
-    return [[name, value] for name, value in encoder.items() if name != "fingerprint"]
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, list) and len(value) > _SHOWN_NUMBERS:
-        return f"[{', '.join(_number(item) for item in value[:_SHOWN_NUMBERS])}, … {len(value)} in all]"
-    return value
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _vertical(names: list[str], values: list[Any]) -> str:
-    # One line a column: side by side, the hashes alone would fill the screen.
-    return text_table(
-        [names[0], str(values[0])], [[name, str(value)] for name, value in zip(names[1:], values[1:], strict=True)]
-    )
+def _shown(value: Any) -> str:
+    if isinstance(value, list) and len(value) > _SHOWN_ITEMS:
+        items = [f"{item:.4f}" if isinstance(item, float) else str(item) for item in value[:_SHOWN_ITEMS]]
+        return f"[{', '.join(items)}, … {len(value)} in all]"
+    return str(value)
 
 
 def _print_check(snapshot: Snapshot, as_json: bool) -> int:
