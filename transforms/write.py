@@ -120,7 +120,7 @@ class _JsonLinesFile:
 
     def write(self, rows: Sequence[Rejected]) -> None:
         lines = (json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
-        self._sink.write("".join(lines).encode("utf-8", errors="replace"))
+        self._sink.write("".join(lines).encode("utf-8"))
 
     def close(self) -> None:
         self._sink.close()
@@ -353,7 +353,14 @@ class WriteRejected(beam.PTransform):
 
 
 def _packed(row: Embedding | Rejected | tuple) -> tuple:
-    return pack_row(row) if isinstance(row, Embedding) else tuple(row)
+    if isinstance(row, Embedding):
+        return pack_row(row)
+    return tuple(map(_writable, row)) if isinstance(row, Rejected) else row
+
+
+def _writable(value: Any) -> Any:
+    """Returns a text without lone surrogates, which neither Beam nor UTF-8 can write; what is no text, as it is."""
+    return value.encode("utf-8", errors="replace").decode("utf-8") if isinstance(value, str) else value
 
 
 def _unpacked_embedding(values: Sequence[Any]) -> Embedding:
