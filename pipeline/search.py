@@ -1,7 +1,7 @@
 """Finds the documents of a snapshot whose embeddings are closest to a query's.
 
 The query is encoded by the encoder that made the snapshot, and compared with every row: exact, no index. Rows are
-read in batches, so memory does not grow with the snapshot; a million rows take some seconds from a local disk.
+read in batches, so memory does not grow with the snapshot; a million rows take about ten seconds from a local disk.
 """
 
 import argparse

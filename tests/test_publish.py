@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import socket
+import tempfile
 import threading
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
@@ -629,8 +630,7 @@ class Runs(RuleBasedStateMachine):
         self.patch.setattr(socket, "gethostname", lambda: f"machine-{next(self.machines)}")  # All claims seem dead.
         self.patch.setattr(os, "fsync", lambda descriptor: None)
         self.machines = itertools.count()
-        self.output = f"/tmp/runs-of-{os.getpid()}"
-        shutil.rmtree(self.output, ignore_errors=True)
+        self.output = tempfile.mkdtemp(prefix="runs-")
         self.runs = []
         self.published = []  # Names, oldest first, whether still there or removed as old.
 

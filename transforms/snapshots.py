@@ -294,7 +294,7 @@ def open_shard(path: str) -> Iterator[pq.ParquetFile]:
         raise DamagedSnapshotError(path, "is missing") from error
     with file:
         try:
-            shard = pq.ParquetFile(file, page_checksum_verification=True)
+            shard = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
         except (OSError, pa.ArrowInvalid) as error:
             raise DamagedSnapshotError(path, f"is not Parquet ({error})") from error
         yield shard
