@@ -13,6 +13,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 
 from pipeline.graph import Job, build
+from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
 from pipeline.options import EmbedOptions, parse
 from pipeline.progress_line import ProgressLine
 from pipeline.runners import is_in_process
@@ -62,9 +63,11 @@ def embed(options: EmbedOptions) -> int:
       OSError: an input, a checkpoint or the output cannot be read or written.
       SnapshotError: the last snapshot is damaged, or another run published first.
       JobError: the pipeline failed.
+      KeyboardInterrupt: somebody interrupted it.
     """
     job = plan(options)
-    with ProgressLine(is_in_process(options.runner)):
+    watchable = is_in_process(options.runner) and _worker_processes(job.beam_options) is None
+    with ProgressLine(watchable):
         manifest = run(job)
     print(summary(job.run.folder, manifest))
     return NOT_PUBLISHED if "not_published" in manifest else PUBLISHED
@@ -94,7 +97,7 @@ def plan(options: EmbedOptions) -> Job:
     """Checks options against the machine, the input, the checkpoint and the output, and claims a snapshot's name."""
     started = time.time()
     if is_in_process(options.runner):  # Elsewhere the workers' hardware decides, when they load the model.
-        resolve_dtype(options.dtype, resolve_device(options.device))
+        _check_hardware(options)
     storage.check_url(options.output)
     encoder = describe_encoder(options.checkpoint, options.max_tokens)
     patterns = options.input or (str(write_sample(cache_folder())),)
@@ -175,11 +178,23 @@ def _described(options: EmbedOptions) -> dict[str, Any]:
     return described
 
 
+def _check_hardware(options: EmbedOptions) -> None:
+    try:
+        resolve_dtype(options.dtype, resolve_device(options.device))
+    except RuntimeError as error:
+        raise JobError(str(error)) from error
+
+
+def _worker_processes(beam_options: Sequence[str]) -> int | None:
+    """Returns how many processes the in-process runner starts: None where none, 0 where one for each core."""
+    direct = PipelineOptions(list(beam_options)).view_as(DirectOptions)
+    return direct.direct_num_workers if direct.direct_running_mode == "multi_processing" else None
+
+
 def _threads_per_process(options: EmbedOptions) -> int | None:
     """Returns how many threads each local worker process computes with; without it, each would use every core."""
-    direct = PipelineOptions(list(options.beam_options)).view_as(DirectOptions)
-    processes = direct.direct_num_workers if direct.direct_running_mode == "multi_processing" else 1
-    if processes == 1:
+    processes = _worker_processes(options.beam_options)
+    if processes is None or processes == 1:
         return None
     cores = os.cpu_count() or 1
     return max(1, cores // (processes or cores))
@@ -189,20 +204,15 @@ def _run_pipeline(job: Job) -> None:
     pipeline = beam.Pipeline(options=PipelineOptions(list(job.beam_options)))
     build(pipeline, job)
     try:
-        result = pipeline.run()
-        state = result.wait_until_finish()
+        with quiet_beam():
+            state = pipeline.run().wait_until_finish()
     except Exception as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from error
         check_not_overtaken(job.run.output, job.run.token)
         raise JobError(root_cause(error)) from error
     if state not in (None, "DONE"):
         raise JobError(f"the runner says the job ended {state}")
-
-
-def root_cause(error: BaseException) -> str:
-    """Returns what went wrong in a worker, without the layers that Beam puts around it."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    # A worker's error arrives as the text of its traceback: the message is its last line.
-    return lines[-1] if lines else repr(error)
 
 
 def _clean_up(run: Run) -> None:

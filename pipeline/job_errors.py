@@ -1,0 +1,80 @@
+"""What a person is told of a job that failed: its root cause, once, without what Beam puts around it."""
+
+import logging
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_STEP = re.compile(r" ?\[while running '([^']*)'\]")
+"""What Beam puts into the message of a step's error."""
+
+_TRACEBACK = "Traceback (most recent call last):\n"
+
+_OWN_TYPE = re.compile(r"^(transforms|pipeline)\.[\w.]+: ")
+"""How an error starts that this project raises: its message says all there is to say."""
+
+_MERE_TYPE = re.compile(r"^((RuntimeError|ValueError): )+")
+"""Types that add nothing to a message; Beam turns what it cannot copy into a RuntimeError."""
+
+# Of these loggers, see `quiet_beam`.
+_LOGGERS = ("apache_beam.runners.common", "apache_beam.runners.portability.local_job_service")
+_LOGGED_AND_RAISED = ("[while running '", "[while running \\'", "Error processing instruction")
+_BESIDE_THE_POINT = "No semi_persistent_directory found"  # Of every worker process on this machine.
+
+
+def root_cause(error: BaseException) -> str:
+    """Returns what went wrong in a step and in which one, given the error that Beam ended the job with.
+
+    Args:
+      error: the step's own one, changed by Beam, or one that holds the text of another process's traceback.
+    """
+    text = str(error)
+    if _TRACEBACK in text:
+        text = _message_of(text.rpartition(_TRACEBACK)[2])
+    else:
+        text = "".join(traceback.format_exception_only(error)).strip()
+    step = _STEP.search(text)
+    text = _STEP.sub("", text)
+    if _OWN_TYPE.match(text):
+        return _OWN_TYPE.sub("", text)
+    text = _MERE_TYPE.sub("", text)
+    return f"{text} (in step {step[1]}; --traceback before the command shows where in the code)" if step else text
+
+
+def _message_of(trace: str) -> str:
+    """Returns the type and the message that a traceback ends with; Java's own trace may follow it."""
+    lines = trace.split("\n")
+    while len(lines) > 1 and lines[0].startswith("  "):
+        del lines[0]
+    end = next((place for place, line in enumerate(lines) if not line.strip() or line.startswith("\t")), len(lines))
+    return "\n".join(lines[:end])
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Returns whether Ctrl-C is behind an error: Beam makes another one of it where it hits a step."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def quiet_beam() -> Iterator[None]:
+    """Keeps Beam from logging the tracebacks of errors that it raises as well."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    if _BESIDE_THE_POINT in message:
+        return False
+    return not (record.levelno >= logging.ERROR and any(part in message for part in _LOGGED_AND_RAISED))

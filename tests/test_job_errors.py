@@ -1,0 +1,98 @@
+"""What a person is told of a job that failed; the errors are made by Beam itself, or as its other runners send them."""
+
+import logging
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
+from transforms.snapshots import DamagedSnapshotError
+
+HINT = "--traceback before the command shows where in the code"
+
+
+def error_of_a_job(raised: BaseException) -> Exception:
+    """Returns what Beam makes of an error in a step."""
+
+    def step(_):
+        raise raised
+
+    pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
+    _ = pipeline | beam.Create([1], reshuffle=False) | "Step" >> beam.Map(step)
+    with quiet_beam(), pytest.raises((type(raised), RuntimeError)) as caught:
+        pipeline.run()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (RuntimeError("no more"), f"no more (in step Step; {HINT})"),
+        (ValueError("one\n\n  two"), f"one\n\n  two (in step Step; {HINT})"),
+        (OSError(28, "No space left on device"), f"OSError: [Errno 28] No space left on device (in step Step; {HINT})"),
+        (MemoryError(), f"MemoryError (in step Step; {HINT})"),
+        (KeyError("x"), f'KeyError: "x" (in step Step; {HINT})'),
+        (
+            DamagedSnapshotError("a/b.parquet", "is missing"),
+            "a/b.parquet is missing: the snapshot is damaged. Restore the file, or run embed with --full, which "
+            "encodes everything anew without it",
+        ),
+    ],
+)
+def test_an_error_in_a_step_is_told_without_its_traceback(raised, told, capfd, caplog):
+    assert root_cause(error_of_a_job(raised)) == told
+    assert capfd.readouterr().err == ""
+    assert caplog.records == []
+
+
+def test_an_error_outside_of_any_step_is_told_as_it_is():
+    assert root_cause(OSError("no route to host")) == "OSError: no route to host"
+    assert root_cause(RuntimeError("the job server is gone")) == "the job server is gone"
+
+
+WORKERS_TEXT = """\
+Traceback (most recent call last):
+  File "transforms/write.py", line 3, in first
+    first()
+KeyError: 'first'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "transforms/write.py", line 218, in _write
+    file.write(chunk)
+    ^^^^^^^^^^^^^^^^^
+{}: it is full
+  of bees [while running 'Write/Shard-ptransform-12']
+"""
+
+
+@pytest.mark.parametrize("after", ["", "\n\tat org.apache.beam.sdk.Harness.run(Harness.java:1)\nCaused by: so and so"])
+def test_an_error_of_another_process_is_told_from_its_traceback(after):
+    told = f"it is full\n  of bees (in step Write/Shard-ptransform-12; {HINT})"
+    assert root_cause(RuntimeError(WORKERS_TEXT.format("RuntimeError") + after)) == told
+    assert root_cause(RuntimeError(WORKERS_TEXT.format("IOError") + after)) == f"IOError: {told}"
+    own = WORKERS_TEXT.format("transforms.snapshots.SnapshotError")
+    assert root_cause(RuntimeError(own + after)) == "it is full\n  of bees"
+
+
+def test_an_interrupt_is_known_through_what_beam_makes_of_it():
+    error = error_of_a_job(KeyboardInterrupt())
+    assert not isinstance(error, KeyboardInterrupt)
+    assert was_interrupted(error)
+    assert not was_interrupted(error_of_a_job(ValueError("no interrupt")))
+
+
+def test_beams_other_messages_are_let_through(caplog):
+    logger = logging.getLogger("apache_beam.runners.common")
+    with quiet_beam():
+        logger.error("news")
+        logger.warning("a warning [while running 'Step']")
+        logger.error("an error [while running 'Step']")
+    logger.error("another error [while running 'Step']")
+    assert [record.getMessage() for record in caplog.records] == [
+        "news",
+        "a warning [while running 'Step']",
+        "another error [while running 'Step']",
+    ]
