@@ -19,7 +19,7 @@ def summary(folder: str, manifest: Mapping[str, Any]) -> str:
     lines += [f"    {reason:<20}{count:>14,}" for reason, count in manifest["rejected_by_reason"].items()]
     if counts["tokens"]:
         lines.append(f"  {'padding ratio':<22}{counts['padded_tokens'] / counts['tokens']:>14.3f}")
-    lines.append(f"  {'encoder ran on':<22}{manifest['encoder']['device']:>14}, {manifest['encoder']['dtype']}")
+        lines.append(f"  {'encoder ran on':<22}{manifest['encoder']['device']:>14}, {manifest['encoder']['dtype']}")
     lines.append(f"  {'seconds':<22}{manifest['seconds']:>14,.1f}")
     if manifest["seconds_saved"]:
         lines.append(f"  {'seconds saved':<22}{manifest['seconds_saved']:>14,.1f}")
