@@ -139,7 +139,8 @@ def reasons_against(run: Run, manifest: Mapping[str, Any]) -> list[str]:
         )
     # A text without an id that only repeats another one's is the same document once more: nothing is lost.
     lost = counts["rejected"] - counts["repeated"]
-    if lost > run.max_rejected_fraction * counts["read"]:
+    # Divided, not multiplied: 29 of 100 are the 0.29 that was allowed, but 0.29 * 100 is a little less than 29.
+    if counts["read"] and lost / counts["read"] > run.max_rejected_fraction:
         reasons.append(
             f"{lost} of {counts['read']} records were rejected ({lost / counts['read']:.2%}), more than "
             f"--max_rejected_fraction {run.max_rejected_fraction} allows"
