@@ -50,7 +50,9 @@ def expected_categories(before, after):
             elif encoder != old_encoder:
                 category = "re_encoded"
             else:
-                category = "unchanged" if repr(kept) == repr(old_fields) else "fields_changed"
+                category = (
+                    "unchanged" if repr(sorted(kept.items())) == repr(sorted(old_fields.items())) else "fields_changed"
+                )
         found[category].append(row_id)
     return found
 
