@@ -76,15 +76,16 @@ def test_nulls_are_found(output):
     snapshot = publish_rows(output, ROWS)
     nullable = pa.schema([field.with_nullable(True) for field in FIXED_COLUMNS], {"encoder.fingerprint": FINGERPRINT})
     part = table(ROWS[:4]).cast(nullable)
-    for name, fault in (
-        ("id", ": 1 rows with a null, the first one of id None"),
-        ("num_tokens", ": 1 rows with a null, the first one of id 'd0'"),
-        ("embedding", " cannot be decoded"),  # By pyarrow, which takes a null for a list of another size.
+    null_of_d0 = ": 1 rows with a null, the first one of id 'd0'"
+    for name, faults in (
+        ("id", (": 1 rows with a null, the first one of id None",)),
+        ("num_tokens", (null_of_d0,)),
+        ("embedding", (" cannot be decoded", null_of_d0)),  # Before pyarrow 26, a null was a list of the wrong size.
     ):
         place = part.schema.get_field_index(name)
         column = pa.array([None, *part.column(name).to_pylist()[1:]], nullable.field(name).type)
         damaged = replace_shard(snapshot, 0, parquet_bytes(part.set_column(place, nullable.field(name), column)))
-        assert next(audit(damaged)).startswith(snapshot.shard_paths[0] + fault)
+        assert next(audit(damaged)).removeprefix(snapshot.shard_paths[0]).startswith(faults)
 
 
 def test_an_id_that_is_there_twice_is_found_across_shards(output):
