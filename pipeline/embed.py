@@ -29,6 +29,7 @@ from transforms.reconcile import REPORT_FILE, Run
 from transforms.schema import output_schema
 from transforms.snapshots import (
     MANIFEST_FILE,
+    DamagedSnapshotError,
     Snapshot,
     check_shards,
     is_published,
@@ -217,7 +218,11 @@ def _run_pipeline(job: Job) -> None:
 
 def _clean_up(run: Run) -> None:
     """Removes what a failed run wrote, but for its saved work; a published snapshot stays."""
-    if not is_published(run.output, run.name):
+    try:
+        published = is_published(run.output, run.name)
+    except DamagedSnapshotError:
+        return  # It cannot be told, so nothing is removed; what made the run fail is to be seen, not this.
+    if not published:
         abandon(run.output, run.name)
 
 

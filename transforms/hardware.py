@@ -15,6 +15,10 @@ _NATIVE_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _AMPERE = (8, 0)
 """The first CUDA compute capability with bfloat16."""
 
+class DeviceError(RuntimeError):
+    """The device that was asked for is not there."""
+
+
 _logger = logging.getLogger(__name__)
 
 
@@ -26,13 +30,13 @@ def resolve_device(device: str) -> torch.device:
 
     Raises:
       ValueError: it is none of these.
-      RuntimeError: cuda was asked for and there is none.
+      DeviceError: cuda was asked for and there is none.
     """
     if device not in DEVICES:
         raise ValueError(f"device {device!r} is none of {', '.join(DEVICES)}")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise RuntimeError(
+        raise DeviceError(
             f"device cuda was asked for, but {platform.node()} has no usable GPU (PyTorch {torch.__version__}, CUDA "
             f"{torch.version.cuda}): install its driver, use a machine with one, or ask for --device cpu"
         )
