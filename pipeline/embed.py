@@ -63,6 +63,7 @@ def embed(options: EmbedOptions) -> int:
       ValueError: an option does not fit the input, or the checkpoint is damaged.
       OSError: an input, a checkpoint or the output cannot be read or written.
       SnapshotError: the last snapshot is damaged, or another run published first.
+      DeviceError: cuda was asked for and there is none.
       JobError: the pipeline failed.
       KeyboardInterrupt: somebody interrupted it.
     """
@@ -98,7 +99,7 @@ def plan(options: EmbedOptions) -> Job:
     """Checks options against the machine, the input, the checkpoint and the output, and claims a snapshot's name."""
     started = time.time()
     if is_in_process(options.runner):  # Elsewhere the workers' hardware decides, when they load the model.
-        _check_hardware(options)
+        resolve_dtype(options.dtype, resolve_device(options.device))
     storage.check_url(options.output)
     encoder = describe_encoder(options.checkpoint, options.max_tokens)
     patterns = options.input or (str(write_sample(cache_folder())),)
@@ -177,13 +178,6 @@ def _described(options: EmbedOptions) -> dict[str, Any]:
     described = dict(vars(options))
     del described["beam_options"]  # They can hold credentials.
     return described
-
-
-def _check_hardware(options: EmbedOptions) -> None:
-    try:
-        resolve_dtype(options.dtype, resolve_device(options.device))
-    except RuntimeError as error:
-        raise JobError(str(error)) from error
 
 
 def _worker_processes(beam_options: Sequence[str]) -> int | None:
