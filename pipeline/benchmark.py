@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 from pipeline import benchmark_incremental
 from pipeline.sample import write_sample
 from pipeline.text_table import text_table
-from transforms.checkpoint import bert_folder
+from transforms.checkpoint import CheckpointConfig, bert_folder, checkpoint_folder
 from transforms.encoder import BertLstmEncoder
 from transforms.hardware import DEVICES, DTYPES, describe, resolve_device, resolve_dtype
 from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW
@@ -148,7 +147,7 @@ def _measure(
     with open(source, "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"id": str(number), "text": text}) + "\n" for number, text in enumerate(texts))
     encoders = {dtype: _encoder(arguments.checkpoint, device, dtype) for dtype in dtypes}
-    reference = _sentence_transformer(encoders[dtypes[0]].bert_name, device)
+    reference = _sentence_transformer(arguments.checkpoint, device)
     tokenizer = encoders[dtypes[0]].tokenizer
     tokens = sum(len(text.token_ids) + SPECIAL_TOKENS_PER_WINDOW for text in tokenizer.tokenize(texts))
     seconds: dict[str, list[float]] = {"reference": []}
@@ -181,13 +180,12 @@ def _encoder(checkpoint: str, device: torch.device, dtype: str) -> BertLstmEncod
     return BertLstmEncoder.from_pretrained(checkpoint, max_tokens).on(device, resolve_dtype(dtype, device))
 
 
-def _sentence_transformer(bert: str | None, device: torch.device) -> Callable[[Sequence[str]], Any]:
+def _sentence_transformer(checkpoint: str, device: torch.device) -> Callable[[Sequence[str]], Any]:
     """Returns the encode function of sentence-transformers at its defaults, with the same BERT and cut."""
     from sentence_transformers import SentenceTransformer
 
-    if bert is None:
-        raise ValueError("the checkpoint's BERT has no name that sentence-transformers could load it by")
-    model = SentenceTransformer(str(bert_folder(bert)), device=str(device))
+    folder = checkpoint_folder(checkpoint)
+    model = SentenceTransformer(str(bert_folder(CheckpointConfig.read(folder).bert, folder)), device=str(device))
     model.max_seq_length = MAX_TOKENS
     return lambda texts: model.encode(list(texts), show_progress_bar=False)
 
@@ -210,13 +208,17 @@ def _run_job(
     environment = dict(os.environ)
     if arguments.threads:
         environment["OMP_NUM_THREADS"] = str(arguments.threads)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+    with open(source.with_suffix(".log"), "w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{log.read()[-2000:]}")
     latest = (output / "LATEST").read_text().strip()
     manifest = json.loads((output / f"snapshot={latest}" / "manifest.json").read_text())
-    # Of the largest child so far, which is this one or an equal.
-    return manifest | {"peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return manifest | {"peak_bytes": usage.ru_maxrss * unit_bytes}
 
 
 def _table(measured: Sequence[Measured]) -> str:

@@ -3,10 +3,11 @@
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import apache_beam as beam
@@ -16,21 +17,21 @@ from pipeline.graph import Job, build
 from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
 from pipeline.options import EmbedOptions, parse
 from pipeline.progress_line import ProgressLine
-from pipeline.runners import is_in_process
+from pipeline.runners import beam_name, is_in_process
 from pipeline.sample import write_sample
 from pipeline.summary import summary
 from transforms import storage
 from transforms.checkpoint import cache_folder
 from transforms.encoder import BertLstmEncoder
 from transforms.hardware import resolve_device, resolve_dtype
-from transforms.publish import abandon, check_not_overtaken, claim
+from transforms.publish import abandon, check_not_overtaken, claim, is_running
 from transforms.read import ReadDocuments, plan_inputs
 from transforms.reconcile import REPORT_FILE, Run
 from transforms.schema import output_schema
 from transforms.snapshots import (
     MANIFEST_FILE,
-    DamagedSnapshotError,
     Snapshot,
+    SnapshotError,
     check_shards,
     is_published,
     latest_version,
@@ -85,13 +86,19 @@ def run(job: Job) -> dict[str, Any]:
       SnapshotError: another run published first.
       JobError: the pipeline failed.
     """
-    finished = False
     try:
         _run_pipeline(job)
-        finished = True
-    finally:
-        if not finished:
-            _clean_up(job.run)
+    except BaseException as error:
+        try:
+            if is_published(job.run.output, job.run.name):
+                # Only what comes after publishing failed: old snapshots or work are still there, and nothing is lost.
+                print(f"warning: published, but cleaning up failed: {error}", file=sys.stderr)
+                return _outcome(job.run)
+            if is_in_process(job.run.runner):  # Elsewhere it may go on without us, and still publish.
+                abandon(job.run.output, job.run.name)
+        except (SnapshotError, OSError) as another:
+            raise JobError(f"{error}; then cleaning up failed too: {another}") from error
+        raise
     return _outcome(job.run)
 
 
@@ -113,7 +120,8 @@ def plan(options: EmbedOptions) -> Job:
     schema = output_schema(inputs.kept_fields, {f"encoder.{name}": str(value) for name, value in encoder.items()})
     token = latest_version(options.output)
     latest = None if options.full else _latest(options.output)
-    unfinished = [] if options.full else list_work(options.output)
+    found_work = list_work(options.output)
+    versions = _versions()
     name = claim(options.output, datetime.fromtimestamp(started, timezone.utc), token)
     run = Run(
         output=options.output,
@@ -121,13 +129,14 @@ def plan(options: EmbedOptions) -> Job:
         token=token,
         started=started,
         created=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
-        runner=options.runner,
+        runner=beam_name(options.runner),
         encoder=encoder,
-        versions={"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+        versions=versions,
         options=_described(options),
         max_rejected_fraction=options.max_rejected_fraction,
         keep_snapshots=options.keep_snapshots,
-        finished_work=[*list_work(options.output), name],
+        # A living run's work is left to it: it may still publish, or the run after it take it up.
+        finished_work=[*(run for run in found_work if not is_running(options.output, run)), name],
         seconds_per_token=latest.manifest.get("seconds_per_token") if latest else None,
     )
     return Job(
@@ -144,9 +153,20 @@ def plan(options: EmbedOptions) -> Job:
         num_threads=_threads_per_process(options),
         previous_shards=latest.shard_paths if latest else [],
         previous_encoder=latest.fingerprint if latest else None,
-        unfinished=unfinished,
+        unfinished=[] if options.full else found_work,
         beam_options=options.beam_options,
     )
+
+
+def _versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages; of ours where it is installed, not a mere checkout."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def describe_encoder(checkpoint: str, max_tokens: int | None) -> dict[str, Any]:
@@ -204,20 +224,11 @@ def _run_pipeline(job: Job) -> None:
     except Exception as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from error
-        check_not_overtaken(job.run.output, job.run.token)
+        if not is_published(job.run.output, job.run.name):
+            check_not_overtaken(job.run.output, job.run.token)
         raise JobError(root_cause(error)) from error
     if state not in (None, "DONE"):
         raise JobError(f"the runner says the job ended {state}")
-
-
-def _clean_up(run: Run) -> None:
-    """Removes what a failed run wrote, but for its saved work; a published snapshot stays."""
-    try:
-        published = is_published(run.output, run.name)
-    except DamagedSnapshotError:
-        return  # It cannot be told, so nothing is removed; what made the run fail is to be seen, not this.
-    if not published:
-        abandon(run.output, run.name)
 
 
 def _outcome(run: Run) -> dict[str, Any]:

@@ -12,6 +12,11 @@ RUNNERS = {
 """Short names of runners; Beam knows others by its own names."""
 
 
+def beam_name(runner: str) -> str:
+    """Returns Beam's name of a runner."""
+    return RUNNERS.get(runner.lower(), runner)
+
+
 def runner_options(runner: str) -> list[str]:
     """Returns Beam's options for a runner.
 
@@ -22,7 +27,7 @@ def runner_options(runner: str) -> list[str]:
     Raises:
       ValueError: nobody knows the runner.
     """
-    name = RUNNERS.get(runner.lower(), runner)
+    name = beam_name(runner)
     known = [known.lower() for known in StandardOptions.KNOWN_RUNNER_NAMES]
     # Beam takes its names in any case and without `Runner`, and any class by its full name.
     if "." not in name and name.lower() not in known and f"{name.lower()}runner" not in known:
@@ -35,4 +40,4 @@ def runner_options(runner: str) -> list[str]:
 
 def is_in_process(runner: str) -> bool:
     """Returns whether a runner computes in this very process, so that it can be watched from here."""
-    return RUNNERS.get(runner.lower(), runner) == RUNNERS["local"]
+    return beam_name(runner) == RUNNERS["local"]

@@ -56,7 +56,8 @@ def make_job(
         check_shards(latest)
     unfinished = [] if full else list_work(output)
     name = claim(output, datetime.fromtimestamp(started, timezone.utc), token)
-    arguments: dict[str, Any] = {"max_rejected_fraction": 1.0, "finished_work": [*list_work(output), name]} | run_arguments
+    arguments: dict[str, Any] = {"max_rejected_fraction": 1.0, "finished_work": [*list_work(output), name]}
+    arguments |= run_arguments
     run = Run(
         output=output, name=name, token=token, started=started, created="2026-01-01T00:00:00+00:00", runner="local",
         encoder=encoder, versions={}, options={}, **arguments,

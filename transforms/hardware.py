@@ -15,6 +15,7 @@ _NATIVE_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _AMPERE = (8, 0)
 """The first CUDA compute capability with bfloat16."""
 
+
 class DeviceError(RuntimeError):
     """The device that was asked for is not there."""
 

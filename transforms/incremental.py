@@ -14,7 +14,7 @@ from apache_beam.pvalue import TaggedOutput
 
 from transforms.schema import Document, Rejected, content_hash, preview
 
-_REFERENCES_WITH_TEXT = 1000
+_REFERENCES_WITH_TEXT = 100
 """References that travel with their text through the encoder; those beyond wait for its vector in a shuffle."""
 
 _TEXTS_REMEMBERED = 100_000
@@ -262,7 +262,7 @@ class MatchTexts(beam.PTransform):
     """References, texts and known vectors, all by content hash, to rows and to texts that are to be encoded.
 
     Takes (content hash, str or packed Reference or KnownVector); gives a tuple of packed rows, TextToEncode, and
-    (content hash, packed Reference) of the references beyond the first thousand of a text that is to be encoded.
+    (content hash, packed Reference) of the references beyond the first hundred of a text that is to be encoded.
     """
 
     def expand(self, values):

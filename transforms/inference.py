@@ -35,6 +35,8 @@ _MIN_COSINE = 0.999
 
 _UNIT_TOLERANCE = 1e-3
 
+_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
+
 _REFERENCE_TEXTS = (
     "a",
     "The quick brown fox jumps over the lazy dog.",
@@ -131,30 +133,29 @@ class LoadedEncoder:
           RuntimeError: not even a reference text can be encoded any more: the fault is not the texts'.
         """
         results: list[Encoded | Failed | None] = [None] * len(documents)
-        with self._lock:
-            pending = self._groups(documents, np.arange(len(documents)))
-            while pending:
-                group = pending.pop(0)
-                tokens = [documents[place].token_ids for place in group]
-                started = time.perf_counter()
-                try:
-                    encoded = self.encoder.encode_tokens(tokens, self.max_batch_tokens)
-                except torch.OutOfMemoryError as error:
-                    if self._halve():
-                        pending = self._groups(documents, np.concatenate([group, *pending]))
-                    else:
-                        pending[:0] = self._bisected(documents, group, error, results)
-                except Exception as error:  # noqa: BLE001 - whatever a text can provoke; the bisection says it.
-                    pending[:0] = self._bisected(documents, group, error, results)
-                else:
+        pending = self._groups(documents, np.arange(len(documents)))
+        while pending:
+            group = pending.pop(0)
+            tokens = [documents[place].token_ids for place in group]
+            try:
+                with self._lock:
+                    started = time.perf_counter()
+                    max_batch_tokens = self.max_batch_tokens
+                    encoded = self.encoder.encode_tokens(tokens, max_batch_tokens)
                     seconds = time.perf_counter() - started
-                    finished = list(self._results(documents, group, encoded, seconds))
-                    for place, result in zip(group, finished, strict=True):
-                        results[place] = result
-                    if on_encoded is not None:
-                        on_encoded([result for result in finished if isinstance(result, Encoded)])
-                    progress.add("texts_encoded", len(group))
-                    progress.add("tokens_encoded", sum(map(_size_tokens, (documents[place] for place in group))))
+            except Exception as error:  # noqa: BLE001 - whatever a text can provoke; the bisection says it.
+                if _is_out_of_memory(error) and self._halve(max_batch_tokens):
+                    pending = self._groups(documents, np.concatenate([group, *pending]))
+                else:
+                    pending[:0] = self._bisected(documents, group, error, results)
+            else:
+                finished = list(self._results(documents, group, encoded, seconds))
+                for place, result in zip(group, finished, strict=True):
+                    results[place] = result
+                if on_encoded is not None:
+                    on_encoded([result for result in finished if isinstance(result, Encoded)])
+                progress.add("texts_encoded", len(group))
+                progress.add("tokens_encoded", sum(map(_size_tokens, (documents[place] for place in group))))
         if any(result is None for result in results):
             raise AssertionError("a document was neither encoded nor failed")
         return [result for result in results if result is not None]
@@ -163,11 +164,12 @@ class LoadedEncoder:
         lengths = np.array([len(documents[place].token_ids) for place in places], dtype=np.int64)
         return [places[group] for group in groups_by_length(lengths, self.max_batch_tokens * BATCHES_PER_GROUP)]
 
-    def _halve(self) -> bool:
-        """Halves the batch size, unless it is as small as it gets."""
-        if self.max_batch_tokens // 2 < _MIN_BATCH_TOKENS:
+    def _halve(self, max_batch_tokens: int) -> bool:
+        """Makes batches half as large as those that did not fit, unless they are as small as it gets."""
+        if max_batch_tokens // 2 < _MIN_BATCH_TOKENS:
             return False
-        self.max_batch_tokens //= 2
+        with self._lock:
+            self.max_batch_tokens = min(self.max_batch_tokens, max_batch_tokens // 2)
         torch.cuda.empty_cache()
         _logger.warning("out of memory on %s: batches of %d tokens from now on", self.device, self.max_batch_tokens)
         return True
@@ -219,6 +221,13 @@ class LoadedEncoder:
                 seconds_per_token * window_tokens,
                 self.device,
             )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Returns whether a GPU's memory was full; the libraries below PyTorch say so in words of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
 
 
 def check_agreement(encoder: BertLstmEncoder, reference: np.ndarray, max_batch_tokens: int) -> None:

@@ -1,11 +1,12 @@
 """Vectors that earlier runs left: rows of the last snapshot, and the work that unfinished runs had saved."""
 
+import functools
 import threading
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import apache_beam as beam
 import numpy as np
@@ -47,6 +48,15 @@ class _Encoded(Protocol):
     def truncated(self) -> bool: ...
 
 
+class _Work(NamedTuple):
+    """A text's vector on its way into a file; an `_Encoded` itself."""
+
+    content_hash: str
+    vector: np.ndarray
+    num_tokens: int
+    truncated: bool
+
+
 class WorkSaver:
     """Saves vectors while a run goes on, each batch of them as one whole file; shared by a process's threads.
 
@@ -61,24 +71,18 @@ class WorkSaver:
     def __init__(self, folder: str, fingerprint: str):
         self._folder = folder
         self._fingerprint = fingerprint
-        self._start()
-
-    def _start(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[_Encoded] = []
+        self._waiting: list[_Work] = []
         self._started = self._saved = time.monotonic()
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"folder": self._folder, "fingerprint": self._fingerprint}
-
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self._folder, self._fingerprint = state["folder"], state["fingerprint"]
-        self._start()
+    def __reduce__(self):
+        return _saver_of_process, (self._folder, self._fingerprint)
 
     def __call__(self, encoded: Sequence[_Encoded]) -> None:
         """Takes vectors, and saves them with those that wait if it is time to."""
         with self._lock:
-            self._waiting.extend(encoded)
+            # No more of a text than is saved: its references and their fields can be large.
+            self._waiting.extend(_Work(one.content_hash, one.vector, one.num_tokens, one.truncated) for one in encoded)
             now = time.monotonic()
             allowed = min(_MAX_INTERVAL_SECONDS, max(_MIN_INTERVAL_SECONDS, _MAX_LOST_FRACTION * (now - self._started)))
             if len(self._waiting) < MAX_WORK_TEXTS and now - self._saved < allowed:
@@ -87,6 +91,12 @@ class WorkSaver:
         if waiting:
             write_work(self._folder, self._fingerprint, waiting)
             progress.add("save_microseconds", round(1e6 * (time.monotonic() - now)))
+
+
+@functools.lru_cache(maxsize=4)
+def _saver_of_process(folder: str, fingerprint: str) -> WorkSaver:
+    """Returns the one saver of this process, so that all its threads fill the same files."""
+    return WorkSaver(folder, fingerprint)
 
 
 def write_work(folder: str, fingerprint: str, encoded: Sequence[_Encoded]) -> str:

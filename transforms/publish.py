@@ -23,6 +23,7 @@ from typing import Any
 from transforms import storage
 from transforms.manifest import check_manifest
 from transforms.snapshots import (
+    CLAIMS_FOLDER,
     MANIFEST_FILE,
     NAME_FORMAT,
     WORK_FOLDER,
@@ -41,8 +42,6 @@ from transforms.snapshots import (
     snapshot_names,
 )
 from transforms.storage import ConflictError, join
-
-_CLAIMS_FOLDER = "claims"
 
 
 class ConcurrentRunError(SnapshotError):
@@ -162,6 +161,12 @@ def abandon(output: str, name: str, keep: Sequence[str] = ()) -> None:
     _release(output, name)
 
 
+def is_running(output: str, name: str) -> bool:
+    """Returns whether the run that claimed a name is a living process of this machine."""
+    found = storage.read_versioned(_claim_path(output, name))
+    return found is not None and _is_alive(json.loads(found.data))
+
+
 def remove_leftovers(output: str) -> list[str]:
     """Removes the snapshots of runs that died or were overtaken, and can never publish; to be called after publishing.
 
@@ -268,7 +273,7 @@ def _remove_snapshot(output: str, name: str, keep: Sequence[str] = ()) -> None:
 
 
 def _claims_folder(output: str) -> str:
-    return join(output, WORK_FOLDER, _CLAIMS_FOLDER)
+    return join(output, WORK_FOLDER, CLAIMS_FOLDER)
 
 
 def _claim_path(output: str, name: str) -> str:

@@ -29,6 +29,7 @@ from transforms.storage import join
 LATEST_FILE = "LATEST"
 MANIFEST_FILE = "manifest.json"
 WORK_FOLDER = ".work"
+CLAIMS_FOLDER = "claims"
 
 NAME_FORMAT = "%Y%m%dT%H%M%SZ"
 """A snapshot's name is the UTC time at which its run began, so names sort by age."""
@@ -187,8 +188,21 @@ def read_latest(output: str) -> Snapshot | None:
     if name is not None:
         return read_manifest(output, name)
     if generation == storage.ABSENT:
+        _check_latest_not_lost(output)
         return None
     raise DamagedSnapshotError(latest_path(output), "does not hold the name of a snapshot")
+
+
+def _check_latest_not_lost(output: str) -> None:
+    """Raises DamagedSnapshotError where a snapshot has a manifest and no claim: LATEST must have named it once.
+
+    A run that died before LATEST has left its claim.
+    """
+    for name in reversed(snapshot_names(output)):
+        if storage.read_versioned(manifest_path(output, name)) is not None:
+            claim = join(output, WORK_FOLDER, CLAIMS_FOLDER, name + ".json")
+            if storage.read_versioned(claim) is None:
+                raise DamagedSnapshotError(latest_path(output), f"is missing, though snapshot {name} was published")
 
 
 def read_snapshot(output: str, name: str) -> Snapshot:
@@ -198,7 +212,8 @@ def read_snapshot(output: str, name: str) -> Snapshot:
       SnapshotError: there is none; the message names those that there are.
       DamagedSnapshotError: its manifest is missing or invalid.
     """
-    if is_published(output, name):
+    removed = storage.read_versioned(manifest_path(output, name)) is None and name != latest_version(output).name
+    if is_published(output, name) and not removed:
         return read_manifest(output, name)
     names = list_published(output)
     raise SnapshotError(f"{output} has no published snapshot {name!r}, but these: {', '.join(names) or 'none'}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,13 @@ from tokenizers import Tokenizer
 
 SPECIAL_TOKENS_PER_WINDOW = 2
 """[CLS] before each window and [SEP] after it."""
+
+MAX_GROUP_TEXTS = 32_768
+"""Texts of a group, however short: an LSTM step over more gains nothing, and GPUs' kernels have limits."""
+
+_WORD_END = re.compile("[ \t\n\r\u00a0\u2000-\u200a\u3000!-/:-@\\[-`{-~]")
+_WORD_END_OR_IDEOGRAPH = re.compile(_WORD_END.pattern[:-1] + "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+"""Characters before which BERT's tokenizers always part words: white space, ASCII punctuation, ideographs."""
 
 _FIRST_CHARS_PER_TOKEN = 12
 """Characters a token is first given when a long text is tokenized from its start; English has about 4.5."""
@@ -66,6 +74,8 @@ class WindowTokenizer:
         self._tokenizer.no_padding()
         # Special tokens written in a text, "[SEP]" say, are text like any other.
         self._tokenizer.encode_special_tokens = True
+        normalizer = json.loads(self._tokenizer.to_str())["normalizer"] or {}
+        self._word_end = _WORD_END_OR_IDEOGRAPH if normalizer.get("handle_chinese_chars") else _WORD_END
         self.window_tokens = window_tokens
         self.max_tokens = max_tokens
         self.cls_id, self.sep_id, self.pad_id = (self._special_id(name) for name in ("[CLS]", "[SEP]", "[PAD]"))
@@ -89,11 +99,11 @@ class WindowTokenizer:
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
         """Tokenizes texts, each cut at `max_tokens`.
 
-        A text much longer than `max_tokens` is tokenized only as far as needed: its prefix up to a white space has
-        the very tokens that the whole text begins with, since WordPiece never looks across white space.
+        A text much longer than `max_tokens` is tokenized only as far as needed: its prefix up to the end of a word has
+        the very tokens that the whole text begins with, since WordPiece never looks across words.
         """
         prefix_chars = self.max_tokens * _FIRST_CHARS_PER_TOKEN
-        prefixes = [_prefix(text, prefix_chars) for text in texts]
+        prefixes = [self._prefix(text, prefix_chars) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(prefixes, add_special_tokens=False)
         tokenized = []
         for text, prefix, encoding in zip(texts, prefixes, encodings, strict=True):
@@ -101,11 +111,16 @@ class WindowTokenizer:
             chars = prefix_chars
             while len(ids) <= self.max_tokens and len(prefix) < len(text):
                 chars *= 4
-                prefix = _prefix(text, chars)
+                prefix = self._prefix(text, chars)
                 ids = self._tokenizer.encode(prefix, add_special_tokens=False).ids
             token_ids = np.array(ids[: self.max_tokens], dtype=np.int32)
             tokenized.append(TokenizedText(token_ids, len(ids) > self.max_tokens))
         return tokenized
+
+    def _prefix(self, text: str, chars: int) -> str:
+        """Returns the text's start: `chars` characters and the rest of the word they end in."""
+        end = self._word_end.search(text, chars)
+        return text if end is None else text[: end.start()]
 
     def windows(self, token_ids: np.ndarray) -> list[np.ndarray]:
         """Lays a text's tokens into windows.
@@ -122,16 +137,6 @@ class WindowTokenizer:
             np.concatenate(([self.cls_id], part, [self.sep_id])).astype(np.int64)
             for part in np.array_split(token_ids, count)
         ]
-
-
-def _prefix(text: str, chars: int) -> str:
-    """Returns the text's start: `chars` characters and the rest of the word they end in."""
-    if len(text) <= chars:
-        return text
-    for end in range(chars, len(text)):
-        if text[end] in " \n\t\r":
-            return text[:end]
-    return text
 
 
 def padded_batches(
@@ -176,12 +181,13 @@ def _padded(windows: Sequence[np.ndarray], indices: np.ndarray, length: int, pad
     return WindowBatch(indices, input_ids, (np.arange(length) < lengths[:, None]).astype(np.int64))
 
 
-def groups_by_length(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
+def groups_by_length(lengths: np.ndarray, max_tokens: int, max_texts: int = MAX_GROUP_TEXTS) -> Iterator[np.ndarray]:
     """Sorts texts by length and cuts them into groups by their sum.
 
     Args:
       lengths: (n,) int64, tokens of each text.
       max_tokens: the most tokens of a group; a longer text is a group of its own.
+      max_texts: the most texts of a group.
 
     Yields:
       (k,) int64 places of texts, longest first; together each place once.
@@ -192,5 +198,6 @@ def groups_by_length(lengths: np.ndarray, max_tokens: int) -> Iterator[np.ndarra
     while start < len(order):
         before = totals[start - 1] if start else 0
         end = max(start + 1, int(np.searchsorted(totals, before + max_tokens, side="right")))
+        end = min(end, start + max_texts)
         yield order[start:end]
         start = end

@@ -234,9 +234,8 @@ class _NameShard(beam.DoFn):
         self._count_rows = count_rows
 
     def process(self, shard: ShardFile, shards: Sequence[ShardFile]):
-        order = sorted((other.shard, other.part) for other in shards)
-        index = order.index((shard.shard, shard.part))
-        name = f"{self._prefix}-{index:05d}-of-{len(order):05d}.{self._extension}"
+        index = sum((other.shard, other.part) < (shard.shard, shard.part) for other in shards)
+        name = f"{self._prefix}-{index:05d}-of-{len(shards):05d}.{self._extension}"
         source, target = f"{self._folder}/{PARTS_FOLDER}/{shard.file}", f"{self._folder}/{name}"
         # Where an earlier try got as far as moving it, only the target is there.
         if FileSystems.exists(source):
