@@ -223,3 +223,24 @@ def test_bfloat16_on_a_gpu_agrees_with_float32():
     exact = encoder.encode(texts)
     rounded = encoder.on("cuda", torch.bfloat16).encode(texts)
     assert (exact * rounded).sum(axis=1).min() > 0.999
+
+
+def test_the_default_encoders_fingerprint_stays_what_it_is():
+    """Another one, from a library's new version say, would have every user re-encode a whole corpus."""
+    fingerprint = "107fef53525c5baacb3f72bbf8b0174eeb3f7fe55371eb9995fd94a7c2e25453"
+    assert BertLstmEncoder.from_pretrained("default").fingerprint() == fingerprint
+
+
+def test_a_checkpoint_of_its_own_bert_can_be_saved_anywhere_but_not_from_rounded_weights(tmp_path, tiny_checkpoint):
+    loaded = BertLstmEncoder.from_pretrained(tiny_checkpoint).on("cpu", torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "copy")  # The file is copied, not the rounded weights.
+    assert BertLstmEncoder.from_pretrained(tmp_path / "copy").fingerprint() == loaded.fingerprint()
+    rounded = make_tiny_encoder().on("cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match=r"rounded to torch\.bfloat16"):
+        rounded.save_pretrained(tmp_path / "rounded")
+
+
+def test_a_head_on_a_bert_in_a_folder_takes_it_along(tmp_path, tiny_checkpoint, monkeypatch):
+    BertLstmEncoder.from_bert(f"{tiny_checkpoint}/bert").save_pretrained(tmp_path / "head")
+    monkeypatch.chdir(tmp_path)
+    assert BertLstmEncoder.from_pretrained("head").bert_name == "bert"

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import tiny_tokenizer
@@ -43,7 +45,7 @@ def test_texts_are_cut_at_max_tokens_and_marked(words, truncated):
     assert tokenized.truncated is truncated
 
 
-@given(st.text(alphabet="ab. \n", max_size=300), st.integers(1, 30))
+@given(st.text(alphabet="ab.é\u3000\u4e2d\u00a0 \n", max_size=300), st.integers(1, 30))
 def test_a_long_text_tokenized_by_prefix_has_the_tokens_of_the_whole(text, max_tokens):
     (tokenized,) = make_tokenizer(max_tokens=max_tokens).tokenize([text])
     whole = tiny_tokenizer().encode(text, add_special_tokens=False).ids
@@ -55,6 +57,16 @@ def test_words_with_huge_gaps_between_them_are_all_found():
     (tokenized,) = make_tokenizer(max_tokens=3).tokenize(["the" + " " * 10_000 + "file" + " " * 10_000 + "zip"])
     assert len(tokenized.token_ids) == 3
     assert not tokenized.truncated
+
+
+def test_text_without_white_space_is_tokenized_no_further_than_needed():
+    seen = []
+    tokenizer = make_tokenizer(max_tokens=10)
+    encode = tokenizer._tokenizer.encode_batch_fast
+    tokenizer._tokenizer = SimpleNamespace(encode_batch_fast=lambda texts, **_: seen.extend(texts) or encode(texts))
+    (tokenized,) = tokenizer.tokenize(["\u4e2d" * 1_000_000])
+    assert tokenized.truncated
+    assert len(seen[0]) < 1000
 
 
 @given(st.integers(0, 100), st.integers(3, 20))
