@@ -12,7 +12,7 @@ from transforms.snapshots import DamagedSnapshotError
 HINT = "--traceback before the command shows where in the code"
 
 
-def error_of_a_job(raised: BaseException) -> Exception:
+def error_of_a_job(raised: BaseException) -> BaseException:
     """Returns what Beam makes of an error in a step."""
 
     def step(_):
