@@ -46,7 +46,7 @@ def made_texts(number: int, words: int = 8, seed: int = 0) -> list[str]:
 
 
 def training_texts() -> TrainingTexts:
-    texts = made_texts(64) + made_texts(8, words=100)
+    texts = made_texts(64) + made_texts(8, words=30)
     places = np.arange(72)
     return TrainingTexts(texts, places[:48], places[48:64].reshape(-1, 2), places[64:].reshape(-1, 2))
 
@@ -70,10 +70,10 @@ def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_training_lowers_the_loss(tmp_path, pooling):
-    _, training = start(tmp_path, SETTINGS._replace(epochs=15, learning_rate=1e-2), pooling)
+    _, training = start(tmp_path, SETTINGS._replace(epochs=10, learning_rate=1e-2), pooling)
     training.run(save_every_steps=1000)
     epoch = training.steps_per_epoch
-    assert len(training.losses) == 15 * epoch
+    assert len(training.losses) == 10 * epoch
     assert np.mean(training.losses[-epoch:]) < 0.85 * np.mean(training.losses[:epoch])
 
 
@@ -87,7 +87,7 @@ def test_the_seed_decides_the_weights(tmp_path):
     assert not np.array_equal(trained[0]["weight_hh_l0"], trained[2]["weight_hh_l0"])
 
 
-@pytest.mark.parametrize("stop_after_steps", [1, 4, 7, 11])
+@pytest.mark.parametrize("stop_after_steps", [1, 7, 9])
 def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, stop_after_steps):
     def validate() -> float:
         return -float(training_holder[-1].lstm.weight_ih_l0.detach().abs().sum())
@@ -306,7 +306,7 @@ def command(tmp_path, tiny_checkpoint) -> list[str]:
 def test_the_command_writes_a_checkpoint_that_encodes(command, tmp_path, capsys):
     assert train.run(parsed(command)) == 0
     output = tmp_path / "out"
-    assert sorted(path.name for path in output.iterdir()) == ["config.json", "lstm.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == ["bert", "config.json", "lstm.safetensors"]
     config = CheckpointConfig.read(output)
     assert (config.pooling, config.window_tokens, config.max_tokens) == ("mean", 48, 200)
     assert config.lstm_sha256 == sha256_of(output / "lstm.safetensors")
