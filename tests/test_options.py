@@ -37,7 +37,7 @@ GIVEN = {
     "input_format": "csv",
     "text_field": ("title", "body"),
     "id_field": "url",
-    "keep_fields": ("lang", "stars:int16"),
+    "keep_fields": ("lang,stars:int16",),
     "max_document_bytes": 1000,
     "output": "gs://bucket/out",
     "rows_per_shard": 10,
@@ -77,7 +77,7 @@ def test_the_defaults():
 
 
 def test_every_option_is_taken():
-    argv = ["--full", "--keep_fields= lang , stars:int16,"]
+    argv = ["--full", "--keep_fields=lang,stars:int16"]
     for name in ("input", "text_field"):
         argv += [word for value in GIVEN[name] for word in (f"--{name}", value)]
     skipped = {"full", "keep_fields", "input", "text_field", "beam_options"}
