@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pytest
 
 from pipeline.__main__ import main
 from pipeline.embed import NOT_PUBLISHED, PUBLISHED
@@ -12,7 +11,18 @@ from transforms import storage
 from transforms.schema import FIXED_COLUMNS
 from transforms.snapshots import Snapshot, read_latest
 
-__all__ = ["NOT_PUBLISHED", "PUBLISHED", "Row", "embed", "latest", "rows_of"]
+__all__ = [
+    "NOT_PUBLISHED",
+    "PUBLISHED",
+    "Row",
+    "contents_of",
+    "counts_of",
+    "embed",
+    "failure_of",
+    "kept_schema",
+    "latest",
+    "rows_of",
+]
 
 
 class Row(NamedTuple):
@@ -70,17 +80,13 @@ def contents_of(output: Any) -> dict[str, bytes]:
     return {name: storage.open_for_reading(storage.join(str(output), name)).read() for name in names}
 
 
-@pytest.fixture
-def failed(capfd):
-    """A function that runs `embed`, which must fail with status 1 and a message alone; returns the message."""
-
-    def run(*options: Any, output: Any) -> str:
-        capfd.readouterr()
-        assert embed(*options, output=output) == 1
-        out, err = capfd.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err.removeprefix("error: ").rstrip("\n")
-
-    return run
+def failure_of(capfd, *options: Any, output: Any) -> str:
+    """Runs `embed`, which must end with status 1 and say nothing but a message of one line; returns that."""
+    capfd.readouterr()
+    assert embed(*options, output=output) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err[len("error: ") : -1]
