@@ -29,7 +29,7 @@ def summary(folder: str, manifest: Mapping[str, Any]) -> str:
             "  open it with",
             f"    duckdb -c \"SELECT * FROM '{folder}/*.parquet' LIMIT 5\"",
             f"    python -c \"import polars; print(polars.read_parquet('{folder}/*.parquet'))\"",
-            f'    ./launch.sh search "what you look for" --output {output}',
+            f'    ./launch.sh search "what you look for" --output {output}{_checkpoint_option(manifest)}',
         ]
     else:
         lines += [f"  because {reason}" for reason in manifest["not_published"]]
@@ -38,6 +38,11 @@ def summary(folder: str, manifest: Mapping[str, Any]) -> str:
     if manifest["rejected_files"] and published:
         lines.append(f"  the rejected records are in {folder}/rejected-*.jsonl")
     return "\n".join(lines)
+
+
+def _checkpoint_option(manifest: Mapping[str, Any]) -> str:
+    checkpoint = manifest["encoder"]["checkpoint"]
+    return "" if checkpoint == "default" else f" --checkpoint {checkpoint}"
 
 
 def _rows(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -6,7 +6,7 @@ MANIFEST = {
     "snapshot": "20261122T180000Z",
     "seconds": 83.46,
     "seconds_saved": 1234.5,
-    "encoder": {"device": "cpu", "dtype": "float32"},
+    "encoder": {"device": "cpu", "dtype": "float32", "checkpoint": "default"},
     "counts": {
         "read": 1_234_567,
         "embedded": 1000,
@@ -53,6 +53,11 @@ published  snapshot=20261122T180000Z
     ./launch.sh search "what you look for" --output gs://bucket/out
   the rejected records are in gs://bucket/out/snapshot=20261122T180000Z/rejected-*.jsonl"""
     )
+
+
+def test_what_searches_needs_the_checkpoint_that_embedded():
+    text = summary(FOLDER, MANIFEST | {"encoder": MANIFEST["encoder"] | {"checkpoint": "gs://bucket/mine"}})
+    assert '"what you look for" --output gs://bucket/out --checkpoint gs://bucket/mine\n' in text
 
 
 def test_a_run_that_was_not_published_says_why_and_where_its_rejected_records_are():
