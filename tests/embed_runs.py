@@ -55,8 +55,8 @@ def rows_of(snapshot: Snapshot) -> dict[str, Row]:
             row_id, vector = row.pop("id"), np.array(row.pop("embedding"), np.float32)
             assert row.pop("encoder") == snapshot.fingerprint
             assert row_id not in rows, f"{row_id} is there twice"
-            fixed = [row.pop(name) for name in ("content_hash", "num_tokens", "truncated")]
-            rows[row_id] = Row(*fixed, row, vector)
+            text_hash, num_tokens, truncated = (row.pop(name) for name in ("content_hash", "num_tokens", "truncated"))
+            rows[row_id] = Row(text_hash, num_tokens, truncated, row, vector)
     return rows
 
 
