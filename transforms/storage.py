@@ -1,6 +1,7 @@
 """Files and folders, the same on this machine and on gs://, with writes that are refused when another came first."""
 
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,9 @@ class Versioned(NamedTuple):
 
 
 LOCK_SUFFIX = ".lock"
+
+_MOST_ATTEMPTS = 100
+"""At a folder that others remove as often as it is made."""
 
 ABSENT = 0
 """The generation of a file that does not exist."""
@@ -195,12 +199,15 @@ def _locked(url: str) -> Iterator[tuple[str, int]]:
       The lock file's path and its descriptor, empty and open for writing.
     """
     path = url + LOCK_SUFFIX
-    while True:
+    for attempt in itertools.count(1):
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
-            continue  # Another process removed the folder, empty as it was, between the two calls.
+            # Another process removed the folder, empty as it was, between the two calls; or it cannot be made at all.
+            if attempt == _MOST_ATTEMPTS:
+                raise
+            continue
         # Waits for its holder, a process or thread that is about to write.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_at(descriptor, path):
