@@ -12,7 +12,7 @@ import pytest
 from embed_runs import NOT_PUBLISHED, PUBLISHED, contents_of, counts_of, embed, failure_of, latest, rows_of
 
 from pipeline.__main__ import main
-from transforms import known_vectors, reconcile, storage
+from transforms import known_vectors, reconcile, storage, write
 from transforms.snapshots import check_shards, list_published, list_work
 
 pytest_plugins = ["gcs_emulator"]
@@ -116,6 +116,29 @@ def test_run_after_run_on_gs(bucket, tiny_checkpoint, tmp_path, capfd):
     # Old snapshots go when that is asked for.
     assert embed(*options(bucket), "--max_rejected_fraction=0.5", "--keep_snapshots=1", output=output) == PUBLISHED
     assert list_published(output) == [second.name, latest(output).name]
+    assert storage.list_files(output).keys() == names_of_snapshots(output)
+
+
+def test_tries_of_shards_that_failed_leave_nothing_after_publishing(bucket, monkeypatch):
+    output = f"{bucket}/out"
+    process = write._WriteShard.process
+    left = []
+
+    def process_at_the_third_try(step, group):
+        with monkeypatch.context() as patch:
+            patch.setattr(write._ParquetFile, "close", lambda file: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                list(process(step, group))
+        left.append(len(storage.list_files(step._parts_folder)))
+        list(process(step, group))  # It wrote all, and its worker died before anybody heard of it.
+        left.append(len(storage.list_files(step._parts_folder)))
+        yield from process(step, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write._WriteShard, "process", process_at_the_third_try)
+        assert embed(*options(bucket), output=output) == PUBLISHED
+    assert left == [0, 1]
+    assert counts_of(latest(output)) == {"read": 6, "embedded": 6, "texts_encoded": 5}
     assert storage.list_files(output).keys() == names_of_snapshots(output)
 
 

@@ -1,7 +1,9 @@
 """What lies in a snapshot's folder once rows and rejected records are written."""
 
 import functools
+import gc
 import hashlib
+import itertools
 import json
 import pickle
 import re
@@ -25,8 +27,9 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_pipeline import TestPipeline as Pipeline
 from snapshot_helper import embedding
 
-from transforms import write
+from transforms import storage, write
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, output_schema, pack_row
+from transforms.snapshots import open_shard
 from transforms.write import (
     COMPRESSIONS,
     PARTS_FOLDER,
@@ -36,6 +39,8 @@ from transforms.write import (
     embeddings_table,
     shard_count,
 )
+
+pytest_plugins = ["gcs_emulator"]
 
 KEPT = pa.schema(
     [
@@ -285,7 +290,15 @@ def test_where_nothing_is_rejected_there_is_no_file(written):
 # Step by step, as a runner may repeat the steps.
 
 
-def write_shard(folder: Path, rows: Sequence[Embedding], rows_per_shard: int = 10, shard: int = 0) -> list[ShardFile]:
+@pytest.fixture(params=["local", "gs"])
+def anywhere(request, tmp_path) -> str:
+    """A folder on this machine, and one on gs://."""
+    return str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('gcs_bucket')}/folder"
+
+
+def write_shard(
+    folder: Path | str, rows: Sequence[Embedding], rows_per_shard: int = 10, shard: int = 0
+) -> list[ShardFile]:
     file_type = functools.partial(write._ParquetFile, schema=PLAIN, compression="zstd")
     step = write._WriteShard(
         str(folder), rows_per_shard, file_type, write._embedding_tallies, write._unpacked_embedding
@@ -333,12 +346,34 @@ def test_what_a_failed_try_left_is_neither_named_nor_counted(tmp_path):
     assert duckdb.sql(f"SELECT count(*) FROM '{tmp_path}/**/*.parquet'").fetchall() == [(4,)]
 
 
-def test_a_try_that_fails_in_the_middle_leaves_only_a_part(tmp_path):
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("failing", ["a row", "closing"])
+def test_a_try_that_fails_leaves_only_what_it_had_finished(anywhere, monkeypatch, failing):
     rows = rows_of(9)
-    rows[8] = rows[8]._replace(embedding=rows[8].embedding * np.nan)
-    with pytest.raises(ValueError, match="the vector of 'id 8' is not 256 finite"):
-        write_shard(tmp_path, rows, 4)
-    assert files_in(tmp_path) == {}
+    if failing == "a row":
+        # The first half of the last file has reached its storage by then.
+        monkeypatch.setattr(write, "_ROWS_PER_ROW_GROUP", 1)
+        rows[6] = rows[6]._replace(embedding=rows[6].embedding * np.nan)
+        with pytest.raises(ValueError, match="the vector of 'id 6' is not 256 finite"):
+            write_shard(anywhere, rows, 4)
+    else:
+        closes = write._HashedFile.close
+        number = itertools.count()
+        full = OSError("the disk is full")
+
+        def close(sink):
+            if not sink.closed and next(number) == 1:
+                raise full
+            closes(sink)
+
+        monkeypatch.setattr(write._HashedFile, "close", close)
+        with pytest.raises(OSError, match="the disk is full"):
+            write_shard(anywhere, rows, 4)
+    gc.collect()  # What an unfinished upload or a Parquet writer does at its end, it does now.
+    (part,) = storage.list_files(anywhere)
+    assert part.startswith(f"{PARTS_FOLDER}/0-0-")
+    with open_shard(f"{anywhere}/{part}") as shard:
+        assert shard.metadata.num_rows == 4
 
 
 def test_a_footer_that_disagrees_with_what_was_written_is_an_error(tmp_path):

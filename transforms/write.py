@@ -9,6 +9,7 @@ import math
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from transforms import storage
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, pack_row
 from transforms.snapshots import open_shard
 
@@ -58,6 +60,8 @@ class _HashedFile(io.RawIOBase):
 
     def __init__(self, path: str):
         super().__init__()
+        self._path = path
+        self._is_discarded = False
         self._file = FileSystems.create(
             path, mime_type="application/octet-stream", compression_type=CompressionTypes.UNCOMPRESSED
         )
@@ -68,15 +72,26 @@ class _HashedFile(io.RawIOBase):
         return True
 
     def write(self, data) -> int:
+        if self._is_discarded:
+            return len(data)
         self._file.write(data)
         self._digest.update(data)
         self.size_bytes += len(data)
         return len(data)
 
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and not self._is_discarded:
             self._file.close()
         super().close()
+
+    def discard(self) -> None:
+        """Removes the file, after an error: what a format's writer adds at its own end goes nowhere."""
+        self._is_discarded = True
+        # Closing an upload to gs:// would make an object of its first half, so it is called off.
+        end = getattr(self._file, "terminate", self._file.close)
+        for step in (end, lambda: storage.delete_files([self._path])):
+            with suppress(Exception):  # The error that led here is the one to tell; publishing removes all parts.
+                step()
 
     @property
     def checksum(self) -> str:
@@ -211,16 +226,20 @@ class _WriteShard(beam.DoFn):
     def _write(self, shard: int, part: int, rows: Iterator[Any]) -> ShardFile:
         name = f"{shard}-{part}-{uuid.uuid4().hex}"
         sink = _HashedFile(f"{self._parts_folder}/{name}")
-        file = self._file_type(sink)
         num_rows = 0
         tallies: Counter[str] = Counter()
-        while chunk := list(itertools.islice(rows, _ROWS_PER_ROW_GROUP)):
-            file.write(chunk)
-            num_rows += len(chunk)
-            for row in chunk:
-                tallies.update(self._tallies_of(row))
-        file.close()
-        sink.close()
+        try:
+            file = self._file_type(sink)
+            while chunk := list(itertools.islice(rows, _ROWS_PER_ROW_GROUP)):
+                file.write(chunk)
+                num_rows += len(chunk)
+                for row in chunk:
+                    tallies.update(self._tallies_of(row))
+            file.close()
+            sink.close()
+        except BaseException:
+            sink.discard()
+            raise
         return ShardFile(shard, part, name, num_rows, sink.size_bytes, sink.checksum, dict(tallies))
 
 
