@@ -7,6 +7,9 @@ import threading
 import time
 
 import pytest
+from google.api_core.exceptions import Forbidden, NotFound, RetryError, Unauthorized
+from google.auth.exceptions import RefreshError
+from google.cloud.storage.exceptions import DataCorruption
 
 from transforms import gcs, storage
 from transforms.storage import ABSENT, ConflictError
@@ -44,8 +47,28 @@ def test_a_missing_bucket_is_named(gcs_bucket):
     url = "gs://there-is-no-such-bucket/LATEST"
     assert gcs.read_with_generation(url) is None
     for call in (lambda: gcs.create_exclusively(url, b"x"), lambda: gcs.list_files(url), lambda: gcs.list_folders(url)):
-        with pytest.raises(FileNotFoundError, match=url):
+        with pytest.raises(
+            FileNotFoundError,
+            match=f"{url}: there is no bucket gs://there-is-no-such-bucket: .* `gcloud storage buckets create "
+            "gs://there-is-no-such-bucket --location=REGION`",
+        ):
             call()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "told"),
+    [
+        (Forbidden("no"), PermissionError, "gs://bucket/name: these credentials .* Storage Object User on gs://bucket,"),
+        (Unauthorized("no"), PermissionError, "gs://bucket/name: these credentials do not allow it"),
+        (NotFound("no"), FileNotFoundError, "gs://bucket/name does not exist"),
+        (RefreshError("expired"), PermissionError, "gs://bucket/name: expired: run `gcloud auth"),
+        (RetryError("gave up", None), OSError, "gs://bucket/name: gave up"),
+        (DataCorruption(None, "other bytes"), OSError, "gs://bucket/name: other bytes"),
+    ],
+)
+def test_errors_of_googles_libraries_name_the_url_and_the_remedy(raised, expected, told):
+    with pytest.raises(expected, match=told), gcs.errors_named("gs://bucket/name"):
+        raise raised
 
 
 def test_a_lost_answer_to_a_write_that_succeeded_is_no_conflict(gcs_bucket, gcs_emulator):
@@ -208,7 +231,7 @@ def test_a_writer_waits_for_one_that_is_about_to_write_and_sees_its_write(tmp_pa
             errors.append(error)
 
     late = threading.Thread(target=create)
-    with storage._locked(url) as (lock_path, _):
+    with storage.locked(url) as (lock_path, _):
         late.start()
         time.sleep(0.1)
         os.replace(lock_path, url)
@@ -220,7 +243,7 @@ def test_a_writer_waits_for_one_that_is_about_to_write_and_sees_its_write(tmp_pa
 def test_a_writer_that_waited_for_one_that_gave_up_writes(tmp_path):
     url = str(tmp_path / "LATEST")
     late = threading.Thread(target=storage.create_exclusively, args=(url, b"late"))
-    with storage._locked(url):
+    with storage.locked(url):
         late.start()
         time.sleep(0.1)
     late.join()

@@ -7,14 +7,20 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import BinaryIO
 
-from google.api_core.exceptions import Forbidden, NotFound, PreconditionFailed, Unauthorized
-from google.auth.exceptions import DefaultCredentialsError
+from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, PreconditionFailed, Unauthorized
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.cloud.storage import Blob, Client
+from google.cloud.storage.exceptions import DataCorruption
 
 _READ_BYTES = 1 << 20
 """Least bytes of one ranged read: Parquet footers and small columns are read in few requests, and little in vain."""
 
 _PARALLEL_DELETES = 16
+
+_LOG_IN = (
+    "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service "
+    "account"
+)
 
 
 class ConflictError(Exception):
@@ -36,10 +42,7 @@ def storage_client() -> Client:
     try:
         return _client(os.environ.get("STORAGE_EMULATOR_HOST"), os.getpid())
     except DefaultCredentialsError as error:
-        raise PermissionError(
-            "gs:// needs Google credentials, and this machine has none: run `gcloud auth application-default login`, "
-            "or set GOOGLE_APPLICATION_CREDENTIALS to the key file of a service account"
-        ) from error
+        raise PermissionError(f"gs:// needs Google credentials, and this machine has none: {_LOG_IN}") from error
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -55,14 +58,40 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _errors_named(url: str) -> Iterator[None]:
-    """Raises what Google's library says about permissions and missing buckets as errors that name the URL."""
+def errors_named(url: str, needs_only_bucket: bool = False) -> Iterator[None]:
+    """Raises errors of Google's libraries as errors that name the URL and the remedy.
+
+    Args:
+      url: gs://bucket/name, what is being read or written.
+      needs_only_bucket: whether all that can be missing is the bucket, as where an object is written or objects are
+        listed.
+
+    Raises:
+      FileNotFoundError: there is no such object, or bucket.
+      PermissionError: the credentials do not allow it, or are no longer valid.
+      OSError: Google's answer was an error all the same, or the bytes that came are not those that are stored.
+    """
     try:
         yield
+    except PreconditionFailed:
+        raise
     except (Forbidden, Unauthorized) as error:
-        raise PermissionError(f"{url}: these credentials do not allow it ({error.message})") from error
+        raise PermissionError(
+            f"{url}: these credentials do not allow it ({error.message}): have them granted the role Storage Object "
+            f"User on gs://{split_url(url)[0]}, or use others"
+        ) from error
     except NotFound as error:
+        if needs_only_bucket:
+            bucket = f"gs://{split_url(url)[0]}"
+            raise FileNotFoundError(
+                f"{url}: there is no bucket {bucket}: check its name, or create it with `gcloud storage buckets create "
+                f"{bucket} --location=REGION`"
+            ) from error
         raise FileNotFoundError(f"{url} does not exist ({error.message})") from error
+    except GoogleAuthError as error:
+        raise PermissionError(f"{url}: {error}: {_LOG_IN}") from error
+    except (GoogleAPIError, DataCorruption) as error:
+        raise OSError(f"{url}: {error}") from error
 
 
 def _blob(url: str) -> Blob:
@@ -75,7 +104,7 @@ def read_with_generation(url: str) -> tuple[bytes, int] | None:
     while True:
         blob = _blob(url)
         try:
-            with _errors_named(url):
+            with errors_named(url):
                 blob.reload()
                 generation = blob.generation
                 return blob.download_as_bytes(if_generation_match=generation), generation
@@ -109,11 +138,11 @@ def replace_if_generation(url: str, data: bytes, generation: int) -> None:
 
     Raises:
       ConflictError: the object has another generation, and other content than `data`.
-      FileNotFoundError: there is no such bucket.
+      FileNotFoundError: there is no such bucket; the message tells how to create it.
       PermissionError: the credentials do not allow it.
     """
     try:
-        with _errors_named(url):
+        with errors_named(url, needs_only_bucket=True):
             _blob(url).upload_from_string(data, "application/octet-stream", if_generation_match=generation)
     except PreconditionFailed as error:
         current = read_with_generation(url)
@@ -130,7 +159,7 @@ def open_for_reading(url: str) -> BinaryIO:
       FileNotFoundError: there is no such object.
     """
     blob = _blob(url)
-    with _errors_named(url):
+    with errors_named(url):
         blob.reload()
     return blob.open("rb", chunk_size=_READ_BYTES)
 
@@ -138,7 +167,7 @@ def open_for_reading(url: str) -> BinaryIO:
 def list_files(url: str) -> dict[str, int]:
     """Returns the sizes in bytes of all objects under a folder, by their names relative to it."""
     bucket, prefix = _folder_prefix(url)
-    with _errors_named(url):
+    with errors_named(url, needs_only_bucket=True):
         blobs = storage_client().list_blobs(bucket, prefix=prefix, fields="items(name,size),nextPageToken")
         return {blob.name.removeprefix(prefix): blob.size for blob in blobs if not blob.name.endswith("/")}
 
@@ -146,7 +175,7 @@ def list_files(url: str) -> dict[str, int]:
 def list_folders(url: str) -> list[str]:
     """Returns the names of the folders right under a folder, sorted."""
     bucket, prefix = _folder_prefix(url)
-    with _errors_named(url):
+    with errors_named(url, needs_only_bucket=True):
         blobs = storage_client().list_blobs(bucket, prefix=prefix, delimiter="/", fields="prefixes,nextPageToken")
         for _ in blobs.pages:
             pass  # The prefixes are complete after the last page.
@@ -162,7 +191,7 @@ def delete_files(urls: Iterable[str]) -> None:
 
 def _delete(url: str) -> None:
     # Not there: deleted by a request whose answer got lost, or by another process.
-    with suppress(FileNotFoundError), _errors_named(url):
+    with suppress(FileNotFoundError), errors_named(url):
         _blob(url).delete()
 
 
