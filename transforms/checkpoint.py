@@ -4,10 +4,15 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from google.cloud.storage import Blob
 
 CHECKPOINTS_FOLDER = Path(__file__).parent / "checkpoints"
 CONFIG_FILE = "config.json"
@@ -115,6 +120,7 @@ def checkpoint_folder(name: str) -> Path:
 
     Raises:
       FileNotFoundError: there is none.
+      OSError: it cannot be downloaded.
     """
     if name.startswith("gs://"):
         return _downloaded(name)
@@ -199,38 +205,51 @@ def _downloaded(url: str) -> Path:
     """Downloads a gs:// folder into this machine's cache, unless it is there already, and returns the local folder.
 
     The cache key holds every object's name, generation and size, so a folder that changed is downloaded anew.
-    Objects come down in parallel chunks, each checked against its CRC32C.
+    Of several processes that want it at once, one downloads and the others wait.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no such bucket.
+      PermissionError: there are no credentials, or they do not allow it.
+      OSError: the download failed, or gave other bytes than those that are stored.
     """
-    from google.cloud import storage
+    # Only now: Google's libraries take a while to import, and a checkpoint is seldom on gs://.
+    from transforms.gcs import errors_named, split_url, storage_client
+    from transforms.storage import locked
+
+    bucket, name = split_url(url)
+    prefix = name.rstrip("/") + "/" if name else ""
+    with errors_named(url, needs_only_bucket=True):
+        blobs = sorted(storage_client().list_blobs(bucket, prefix=prefix), key=lambda blob: blob.name)
+    # Nothing else is taken: a name such as `../x` must not become a file outside the cache.
+    blobs_of = {blob.name.removeprefix(prefix): blob for blob in blobs}
+    blobs_of = {file: blob for file, blob in blobs_of.items() if file in _CHECKPOINT_FILES}
+    if not blobs_of:
+        raise FileNotFoundError(f"no checkpoint at {url}: there is none of {', '.join(sorted(_CHECKPOINT_FILES))}")
+    listing = json.dumps([(blob.name, blob.generation, blob.size) for blob in blobs_of.values()])
+    target = cache_folder() / hashlib.sha256(f"{url}\n{listing}".encode()).hexdigest()[:32]
+    if not target.is_dir():
+        with locked(str(target)):
+            if not target.is_dir():  # Another process may have downloaded it while this one waited.
+                _download(blobs_of, target)
+    return target
+
+
+def _download(blobs_of: "Mapping[str, Blob]", target: Path) -> None:
+    """Downloads objects as the files of a folder, whole or not at all; to be called under the folder's lock.
+
+    They come down in parallel chunks, each file checked against its CRC32C.
+    """
     from google.cloud.storage import transfer_manager
 
-    from transforms.gcs import storage_client
+    from transforms.gcs import errors_named
 
-    bucket_name, _, prefix = url.removeprefix("gs://").partition("/")
-    prefix = prefix.rstrip("/") + "/"
-    client: storage.Client = storage_client()
-    blobs = sorted(client.list_blobs(bucket_name, prefix=prefix), key=lambda blob: blob.name)
-    # Nothing else is taken: a name such as `../x` must not become a file outside the cache.
-    blobs = [blob for blob in blobs if blob.name.removeprefix(prefix) in _CHECKPOINT_FILES]
-    if not blobs:
-        raise FileNotFoundError(f"no checkpoint at {url}: there is none of {', '.join(sorted(_CHECKPOINT_FILES))}")
-    listing = json.dumps([(blob.name, blob.generation, blob.size) for blob in blobs])
-    key = hashlib.sha256(f"{url}\n{listing}".encode()).hexdigest()[:32]
-    target = cache_folder() / key
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        folder = Path(scratch) / key
-        for blob in blobs:
-            local = folder / blob.name.removeprefix(prefix)
-            local.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_suffix(".part")
+    shutil.rmtree(scratch, ignore_errors=True)  # Of a process that was killed.
+    for file, blob in blobs_of.items():
+        local = scratch / file
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with errors_named(f"gs://{blob.bucket.name}/{blob.name}"):
             transfer_manager.download_chunks_concurrently(
                 blob, str(local), worker_type=transfer_manager.THREAD, crc32c_checksum=True
             )
-        try:
-            folder.rename(target)  # Whole or not at all, also when several workers of a machine download.
-        except OSError:
-            if not target.is_dir():
-                raise
-    return target
+    scratch.rename(target)

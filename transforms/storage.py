@@ -88,7 +88,7 @@ def replace_if_generation(url: str, data: bytes, generation: int) -> None:
     if is_remote(url):
         gcs.replace_if_generation(url, data, generation)
         return
-    with _locked(url) as (lock_path, lock_file):
+    with locked(url) as (lock_path, lock_file):
         current = read_versioned(url)
         if (ABSENT if current is None else current.generation) != generation:
             raise ConflictError(f"{url} was written by another process: its generation is no longer {generation}")
@@ -173,7 +173,7 @@ def make_durable(folder: str, names: Iterable[str]) -> None:
 def remove_lock(url: str) -> None:
     """Removes what a process that was killed in the middle of writing a file of this machine has left of it."""
     if not is_remote(url):
-        with _locked(url):
+        with locked(url):
             pass  # Letting go of a lock removes it.
 
 
@@ -190,8 +190,8 @@ def _sync_folder(folder: str) -> None:
 
 
 @contextmanager
-def _locked(url: str) -> Iterator[tuple[str, int]]:
-    """Holds the lock of a file: its neighbour `NAME.lock`, in which the new content is written as well.
+def locked(url: str) -> Iterator[tuple[str, int]]:
+    """Holds the lock of a file of this machine: its neighbour `NAME.lock`, in which new content can be written as well.
 
     The kernel lets go of the lock when its holder dies, so a lock file that a crash left behind bars nobody.
 
