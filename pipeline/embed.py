@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 
 from pipeline.graph import Job, build
@@ -109,6 +110,8 @@ def plan(options: EmbedOptions) -> Job:
         resolve_dtype(options.dtype, resolve_device(options.device))
     storage.check_url(options.output)
     encoder = describe_encoder(options.checkpoint, options.max_tokens)
+    # Other storage than gs:// is reached with them; Beam hands them over only when a pipeline is made.
+    FileSystems.set_options(PipelineOptions(list(options.beam_options)))
     patterns = options.input or (str(write_sample(cache_folder())),)
     inputs = plan_inputs(
         patterns,

@@ -59,7 +59,12 @@ def test_a_missing_checkpoint_is_named_with_the_remedy(tmp_path):
         checkpoint_folder("nowhere")
 
 
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "no such name!"])
+def test_a_checkpoint_on_other_storage_is_refused():
+    with pytest.raises(ValueError, match=r"'s3://bucket/tiny' is neither a shipped name, .* nor gs://bucket/folder"):
+        checkpoint_folder("s3://bucket/tiny")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "no such name!", "s3://bucket/bert"])
 def test_a_missing_bert_is_named(name):
     with pytest.raises(FileNotFoundError, match=f"no BERT '{name}'"):
         bert_folder(name)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import duckdb
 import numpy as np
@@ -19,7 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from embed_runs import NOT_PUBLISHED, PUBLISHED, counts_of, embed, kept_schema, latest, rows_of
+from apache_beam.io.aws.s3filesystem import S3FileSystem
+from apache_beam.io.filesystem import BeamIOError
+from apache_beam.options.pipeline_options import S3Options
+from embed_runs import NOT_PUBLISHED, PUBLISHED, counts_of, embed, failure_of, kept_schema, latest, rows_of
 
 from transforms.encoder import BertLstmEncoder
 from transforms.schema import SNAPSHOT_FORMAT, content_hash
@@ -289,6 +293,18 @@ def run_command(*options: str, folder: Path) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
     )
+
+
+def test_other_storage_is_read_with_the_options_that_beam_has_for_it(tmp_path, tiny_checkpoint, monkeypatch, capfd):
+    def tell_region(filesystem, patterns, limits=None):
+        region = filesystem._options.view_as(S3Options).s3_region_name
+        raise BeamIOError("Match operation failed", {patterns[0]: OSError(f"asked in {region}")})
+
+    monkeypatch.setitem(sys.modules, "boto3", ModuleType("boto3"))
+    monkeypatch.setattr(S3FileSystem, "match", tell_region)
+    options = ["--input=s3://bucket/x.jsonl", f"--checkpoint={tiny_checkpoint}", "--s3_region_name=the-north"]
+    message = failure_of(capfd, *options, output=tmp_path / "out")
+    assert message == "cannot list s3://bucket/x.jsonl: asked in the-north"
 
 
 def test_the_command_is_quiet_and_its_status_tells_what_became_of_the_run(tmp_path, tiny_checkpoint):

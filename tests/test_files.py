@@ -1,7 +1,11 @@
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
+from apache_beam.io.filesystem import BeamIOError
+from apache_beam.io.gcp.gcsfilesystem import GCSFileSystem
 
 from transforms.files import InputFile, match_files, open_file
 
@@ -78,7 +82,7 @@ def test_fewer_files_are_listed_when_asked(folder):
         ("p*", OSError, "{folder}/pipe is no regular file"),
         ("broken*", FileNotFoundError, "No such file or directory: '{folder}/broken'"),
         ("broken", FileNotFoundError, "No such file or directory: '{folder}/broken'"),
-        ("abc://x/y", ValueError, "abc://x/y"),
+        ("abc://x/y", ValueError, "abc://x/y: files cannot be read from abc://: .* or install Beam's extra for s3://,"),
         ("bad-*", ValueError, r"bad-\\udcff.txt' is not UTF-8: rename it"),
     ],
 )
@@ -89,6 +93,28 @@ def test_patterns_that_match_nothing_usable_are_errors_that_name_them(folder, pa
         pass
     with pytest.raises(error, match=message.format(folder=folder)):
         match_files(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "extra"),
+    [("s3://b/*", "boto3", "aws"), ("azfs://a/b/*", "azure.storage.blob", "azure"), ("hdfs://h/*", "hdfs", "hadoop")],
+)
+def test_storage_whose_package_is_missing_is_refused_with_what_to_install(monkeypatch, pattern, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)  # Its import fails, as if it was not installed.
+    told = rf"{re.escape(pattern)}: reading .* a package .*{module}.* install 'apache-beam\[{extra}\]'`, on the workers"
+    with pytest.raises(ValueError, match=told):
+        match_files(pattern)
+
+
+def test_why_remote_files_cannot_be_listed_is_told_without_what_beam_puts_around_it(monkeypatch):
+    details = {"gs://b/x": BeamIOError("Exists operation failed", {"gs://b/x": OSError("403 no access to b")})}
+
+    def refuse(*_):
+        raise BeamIOError("Match operation failed", details)
+
+    monkeypatch.setattr(GCSFileSystem, "match", refuse)
+    with pytest.raises(OSError, match=r"^cannot list gs://b/x: 403 no access to b$"):
+        match_files("gs://b/x")
 
 
 def test_files_are_not_decompressed(folder):

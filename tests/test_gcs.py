@@ -58,7 +58,11 @@ def test_a_missing_bucket_is_named(gcs_bucket):
 @pytest.mark.parametrize(
     ("raised", "expected", "told"),
     [
-        (Forbidden("no"), PermissionError, "gs://bucket/name: these credentials .* Storage Object User on gs://bucket,"),
+        (
+            Forbidden("no"),
+            PermissionError,
+            "gs://bucket/name: these credentials .* Storage Object User on gs://bucket,",
+        ),
         (Unauthorized("no"), PermissionError, "gs://bucket/name: these credentials do not allow it"),
         (NotFound("no"), FileNotFoundError, "gs://bucket/name does not exist"),
         (RefreshError("expired"), PermissionError, "gs://bucket/name: expired: run `gcloud auth"),
@@ -207,7 +211,7 @@ def test_a_file_is_read_in_ranges(folder):
 
 @pytest.mark.parametrize("url", ["", "s3://bucket/output", "file:///tmp/output", "hdfs://host/output"])
 def test_other_file_systems_are_refused(url):
-    with pytest.raises(ValueError, match="gs://bucket/folder"):
+    with pytest.raises(ValueError, match="gs://bucket/folder: snapshots are kept on these two only"):
         storage.check_url(url)
 
 

@@ -120,10 +120,16 @@ def checkpoint_folder(name: str) -> Path:
 
     Raises:
       FileNotFoundError: there is none.
+      ValueError: it is on storage of another kind.
       OSError: it cannot be downloaded.
     """
     if name.startswith("gs://"):
         return _downloaded(name)
+    if "://" in name:
+        raise ValueError(
+            f"checkpoint {name!r} is neither a shipped name, a folder of this machine nor gs://bucket/folder: copy it "
+            "to one of these"
+        )
     shipped = CHECKPOINTS_FOLDER / name
     folder = shipped if re.fullmatch(r"\w+", name) and shipped.is_dir() else Path(name)
     if not (folder / CONFIG_FILE).is_file():

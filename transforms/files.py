@@ -4,16 +4,21 @@ import itertools
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from apache_beam.io.filesystem import CompressionTypes, FileSystem
+from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileSystem
 from apache_beam.io.filesystems import FileSystems
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
 """How much is read at a time."""
+
+_PACKAGES = {"s3": ("boto3", "aws"), "azfs": ("azure.storage.blob", "azure"), "hdfs": ("hdfs", "hadoop")}
+"""Storage that Beam reads with a package of its own: scheme to module and extra of `apache-beam`."""
 
 
 class InputFile(NamedTuple):
@@ -40,13 +45,15 @@ def match_files(pattern: str, limit: int | None = None) -> list[InputFile]:
 
     Raises:
       OSError: nothing matches, or what matches cannot be read: a folder, a pipe, a broken link.
-      ValueError: no filesystem is known for the pattern, or a file's name is not UTF-8.
+      ValueError: no filesystem is known for the pattern, its package is missing, or a file's name is not UTF-8.
     """
     pattern = absolute_pattern(pattern)
+    scheme = FileSystems.get_scheme(pattern)
     files: Iterable[InputFile]
-    if FileSystems.get_scheme(pattern) is None:
+    if scheme is None:
         files = [_stat(pattern)] if os.path.lexists(pattern) else _list_local(pattern)
     else:
+        _check_scheme(scheme, pattern)
         files = _list_remote(pattern, limit)
     listed = sorted(itertools.islice(files, limit))
     if not listed:
@@ -59,16 +66,45 @@ def match_files(pattern: str, limit: int | None = None) -> list[InputFile]:
     return listed
 
 
+def _check_scheme(scheme: str, pattern: str) -> None:
+    """Raises ValueError where Beam cannot read what a pattern's scheme stands for, with the remedy."""
+    if scheme in _PACKAGES:
+        module, extra = _PACKAGES[scheme]
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ValueError(
+                f"{pattern}: reading {scheme}:// needs a package that is not installed ({error}): run "
+                f"`{sys.executable} -m pip install 'apache-beam[{extra}]'`, on the workers' machines too"
+            ) from error
+    try:
+        FileSystems.get_filesystem(pattern)
+    except ValueError as error:
+        raise ValueError(
+            f"{pattern}: files cannot be read from {scheme}://: name files of this machine or gs://, or install Beam's "
+            f"extra for {', '.join(f'{known}://' for known in _PACKAGES)}; copy others there first"
+        ) from error
+
+
 def _list_remote(pattern: str, limit: int | None) -> Iterator[InputFile]:
-    filesystem = FileSystems.get_filesystem(pattern)
-    if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
-        found = [filesystem.metadata(pattern)]
-    else:
-        found = filesystem.match([pattern], [limit])[0].metadata_list
+    try:
+        filesystem = FileSystems.get_filesystem(pattern)
+        if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
+            found = [filesystem.metadata(pattern)]
+        else:
+            found = filesystem.match([pattern], [limit])[0].metadata_list
+    except BeamIOError as error:
+        raise OSError(f"cannot list {pattern}: {_reason(error)}") from error
     for file in found:
         # An object whose name ends in a slash stands for a folder.
         if not file.path.endswith("/"):
             yield InputFile(file.path, file.size_in_bytes)
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what is behind an error of Beam's filesystems, which put it into one that tells little, or into two."""
+    details = error.exception_details if isinstance(error, BeamIOError) else None
+    return "; ".join(map(_reason, details.values())) if details else str(error)
 
 
 def _list_local(pattern: str) -> Iterator[InputFile]:

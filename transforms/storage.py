@@ -40,7 +40,9 @@ def check_url(url: str) -> None:
     """Raises ValueError unless a path is of this machine or of gs://."""
     scheme, separator, _ = url.partition("://")
     if not url or (separator and scheme != "gs") or (not separator and url.startswith("gs:")):
-        raise ValueError(f"{url!r} is neither a folder of this machine nor gs://bucket/folder")
+        raise ValueError(
+            f"{url!r} is neither a folder of this machine nor gs://bucket/folder: snapshots are kept on these two only"
+        )
 
 
 def is_remote(url: str) -> bool:
