@@ -1,0 +1,313 @@
+#!/usr/bin/env bash
+# A Flink cluster on this machine, with a worker pool whose Python lacks our package; `cluster.sh help` tells more.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+root=$(cd -- "$here/../.." && pwd -P)
+
+# --- Settings, from the environment ---
+
+cache=${FLINK_CACHE:-$root/.cache/flink}    # What is downloaded or built once.
+cluster=${FLINK_CLUSTER:-$cache/cluster}    # One cluster: its settings, logs and process ids.
+rest_port=${FLINK_REST_PORT:-8081}          # Web page and REST.
+rpc_port=${FLINK_RPC_PORT:-6123}            # Between JobManager and TaskManagers.
+pool_port=${FLINK_POOL_PORT:-50000}         # Worker pool.
+task_managers=${FLINK_TASK_MANAGERS:-2}
+slots=${FLINK_SLOTS:-2}                     # Of each TaskManager; they share one worker process and its model.
+memory=${FLINK_TASK_MANAGER_MEMORY:-1728m}  # Of each TaskManager.
+python=${PYTHON:-$root/.venv/bin/python}    # With our dependencies; the workers get a copy of them.
+
+flink_version=1.19.3
+libraries="apache-flink-libraries==$flink_version --hash=sha256:4a58e3a1fb7d83340bc96b6c080624c6d792d69fae5d294b96224775204a9c60"
+# One of its wheels serves everywhere: only scripts are taken from it.
+scripts="apache-flink==$flink_version --hash=sha256:ff572c6ffa3867c21b8a455aefb50c53c91973fd0408df594ca26cb0a7bebc77"
+
+flink=$cache/flink-$flink_version
+worker_python=$cache/worker-python
+pids=$cluster/pids
+run=$cluster/run # The current folder of all processes of the cluster, and of no others: by it they are known.
+export FLINK_CONF_DIR=$cluster/conf FLINK_LOG_DIR=$cluster/log FLINK_PID_DIR=$cluster/flink-pids
+
+usage() {
+  cat <<'END'
+usage: deploy/flink/cluster.sh up | down | status
+
+  up      start a JobManager, two TaskManagers and a worker pool; what is missing is fetched first, and kept
+  down    end all of them, whatever became of them
+  status  say which of them run
+
+Needs Linux, Java, Go, and the environment that ./launch.sh sets up. Then:
+
+  ./launch.sh flink --flink_master=localhost:8081 [OPTIONS]
+
+Settings come from the environment: FLINK_REST_PORT (8081), FLINK_RPC_PORT (6123), FLINK_POOL_PORT (50000),
+FLINK_TASK_MANAGERS (2), FLINK_SLOTS (2, of each), FLINK_TASK_MANAGER_MEMORY (1728m), FLINK_CLUSTER (the folder of the
+cluster's logs), FLINK_CACHE (the folder of what is fetched), PYTHON.
+END
+}
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# --- What is fetched once; each folder gets its name when it is whole ---
+
+check_tools() {
+  [[ -d /proc/self ]] || fail "this script needs Linux; Flink itself does not"
+  command -v java >/dev/null || fail "there is no Java: install it (on Debian and Ubuntu \`apt install openjdk-17-jre-headless\`)"
+  command -v go >/dev/null || [[ -x $(boot_path) ]] ||
+    fail "there is no Go, which builds the program that starts the workers: install Go 1.23 or later (https://go.dev/dl)"
+  [[ -x $python ]] || fail "there is no $python: run ./launch.sh --help once to see how it is set up, then" \
+    "\`./launch.sh sample --help\`, or name a Python that has our dependencies with PYTHON=/path/to/python"
+}
+
+# Makes the folder $1 with the command that follows, which is given a folder to fill; not at all where it is there.
+make_once() {
+  local folder=$1 new
+  shift
+  [[ -d $folder ]] && return
+  mkdir -p "$cache"
+  new=$(mktemp -d "$folder.new.XXXXXX")
+  # In a subshell of its own, whose failure ends this one: `set -e` counts for nothing behind `||`.
+  if ! (set -euo pipefail && "$@" "$new"); then
+    rm -rf "$new"
+    exit 1
+  fi
+  if [[ -d $folder ]]; then rm -rf "$new"; else mv "$new" "$folder"; fi
+}
+
+# Flink as PyPI has it: jars in one package, scripts in another.
+fetch_flink() {
+  local new=$1
+  echo "Fetching Flink $flink_version from PyPI (once; 230 MB) ..." >&2
+  "$python" -m venv "$new/pip" # Not everybody's environment has pip.
+  fetch() {
+    "$new/pip/bin/pip" download --quiet --disable-pip-version-check --no-deps --require-hashes --dest "$new/downloads" "$@" >&2
+  }
+  echo "$libraries" >"$new/libraries.txt"
+  echo "$scripts" >"$new/scripts.txt"
+  fetch --no-binary :all: --requirement "$new/libraries.txt"
+  fetch --only-binary :all: --python-version 3.11 --implementation cp --platform manylinux2014_x86_64 \
+    --requirement "$new/scripts.txt"
+  tar xzf "$new"/downloads/apache-flink-libraries-*.tar.gz -C "$new" --strip-components=2 \
+    "apache-flink-libraries-$flink_version/deps"
+  "$python" -m zipfile -e "$new"/downloads/apache_flink-*.whl "$new/wheel"
+  cp "$new"/wheel/pyflink/bin/* "$new/bin/"
+  chmod +x "$new"/bin/*.sh "$new/bin/flink"
+  mv "$new/wheel/pyflink/conf" "$new/conf"
+  rm -rf "$new/wheel" "$new/downloads" "$new/pip" "$new"/*.txt
+}
+
+# The workers' Python: what the submitter has, linked file by file, but for our own package, which each job brings.
+copy_python() {
+  local new=$1 prefix
+  echo "Copying the environment for the workers ..." >&2
+  prefix=$("$python" -c 'import sys; print(sys.prefix)')
+  cp -al "$prefix/." "$new/" 2>/dev/null || cp -a "$prefix/." "$new/"
+  rm -rf "$new"/lib/python*/site-packages/{embed_corpus-*,__editable__*embed_corpus*,__pycache__/__editable__*embed_corpus*}
+  # Jobs' packages are built and installed with these.
+  "$new/bin/python" -m pip --version >/dev/null 2>&1 || "$new/bin/python" -m ensurepip >/dev/null
+  (cd "$new" && env -u PYTHONPATH bin/python -c 'import setuptools') 2>/dev/null ||
+    "$new/bin/python" -m pip install --quiet --disable-pip-version-check 'setuptools>=77' >&2
+}
+
+boot_path() {
+  echo "$cache/boot-$(beam_version)/container"
+}
+
+beam_version() {
+  "$python" -c 'from importlib.metadata import version; print(version("apache-beam"))'
+}
+
+# Beam's own program that prepares a worker: fetches the job's package and options, installs, starts Python.
+build_boot() {
+  local new=$1
+  echo "Building Beam's boot program with Go (once; two minutes) ..." >&2
+  GOBIN=$new go install "github.com/apache/beam/sdks/v2/python/container@v$(beam_version)" >&2
+}
+
+# --- Up ---
+
+write_settings() {
+  mkdir -p "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$cluster/workers"
+  cp "$flink"/conf/* "$FLINK_CONF_DIR/"
+  cat >"$FLINK_CONF_DIR/config.yaml" <<END
+$(sed -n '/^env:/,/^[^ #]/p' "$flink/conf/config.yaml" | sed '$d')
+jobmanager.bind-host: localhost
+jobmanager.rpc.address: localhost
+jobmanager.rpc.port: $rpc_port
+jobmanager.memory.process.size: 1024m
+taskmanager.bind-host: localhost
+taskmanager.host: localhost
+taskmanager.memory.process.size: $memory
+taskmanager.numberOfTaskSlots: $slots
+rest.address: localhost
+rest.bind-address: localhost
+rest.port: $rest_port
+# A TaskManager that is gone is missed after five seconds, not fifty.
+heartbeat.interval: 1000
+heartbeat.timeout: 5000
+END
+  cat >"$cluster/start-worker.sh" <<END
+#!/usr/bin/env bash
+# Called by the worker pool for each worker process. The pool never reads what a worker says, and a worker that says
+# much would wait for ever: it goes into a file. What a job brings is installed into a folder of this worker alone.
+set -euo pipefail
+folder=\$(mktemp -d "$cluster/workers/XXXXXX")
+"$worker_python/bin/python" -m venv --without-pip "\$folder/venv"
+site=\$("\$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$worker_python/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"\$site/worker-python.pth"
+export PATH=\$folder/venv/bin:\$PATH RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1
+exec "$(boot_path)" --semi_persist_dir="\$folder" "\$@" >"\$folder/log" 2>&1
+END
+  chmod +x "$cluster/start-worker.sh"
+}
+
+# Starts a command in a process group of its own, apart from this terminal, and notes its id as $1.
+start() {
+  local name=$1
+  shift
+  set -m
+  (cd "$run" && exec "$@") </dev/null >"$FLINK_LOG_DIR/$name.out" 2>&1 &
+  echo "$!" >"$pids/$name.pid"
+  set +m
+}
+
+up() {
+  local number
+  if [[ -n $(running) ]]; then
+    status
+    fail "something of this cluster runs already: end it with \`deploy/flink/cluster.sh down\`"
+  fi
+  check_tools
+  make_once "$flink" fetch_flink
+  make_once "$(dirname "$(boot_path)")" build_boot
+  # Made anew where the submitter's packages changed.
+  if [[ ! -f $worker_python/made-from || $(<"$worker_python/made-from") != "$(packages)" ]]; then
+    rm -rf "$worker_python"
+    make_once "$worker_python" copy_python
+    packages >"$worker_python/made-from"
+  fi
+  for port in "$rest_port" "$rpc_port" "$pool_port"; do
+    ! answers "$port" || fail "port $port is taken: choose others (\`deploy/flink/cluster.sh help\` names the settings)"
+  done
+  rm -rf "$cluster"
+  write_settings
+  start jobmanager "$flink/bin/jobmanager.sh" start-foreground
+  for ((number = 1; number <= task_managers; number++)); do
+    start "taskmanager-$number" "$flink/bin/taskmanager.sh" start-foreground
+  done
+  # Started beside the repository, not in it: a worker must not find our package where it stands.
+  start pool env -u PYTHONPATH -u PYTHONSAFEPATH PATH="$worker_python/bin:$PATH" \
+    "$worker_python/bin/python" -m apache_beam.runners.worker.worker_pool_main --service_port="$pool_port" \
+    --container_executable="$cluster/start-worker.sh"
+  wait_until_ready || {
+    tail -n 20 "$FLINK_LOG_DIR"/*.out >&2
+    down
+    fail "the cluster did not come up within two minutes; its logs are in $FLINK_LOG_DIR"
+  }
+  echo "Flink $flink_version is up: http://localhost:$rest_port, worker pool at localhost:$pool_port"
+}
+
+packages() {
+  "$python" -c '
+import importlib.metadata as m, sys
+print(sys.executable, sys.version)
+print(*sorted(f"{d.name}=={d.version}" for d in m.distributions()), sep="\n")'
+}
+
+answers() {
+  (exec 3<>"/dev/tcp/localhost/$1") 2>/dev/null
+}
+
+wait_until_ready() {
+  local deadline=$((SECONDS + 120))
+  while ((SECONDS < deadline)); do
+    if answers "$pool_port" && [[ $(registered) == "$task_managers" ]]; then
+      return
+    fi
+    anything_stopped && return 1
+    sleep 0.5
+  done
+  return 1
+}
+
+# Prints how many TaskManagers the JobManager knows.
+registered() {
+  "$python" -c '
+import json, sys, urllib.request
+try:
+    with urllib.request.urlopen(f"http://localhost:{sys.argv[1]}/overview", timeout=5) as answer:
+        print(json.load(answer)["taskmanagers"])
+except OSError:
+    print("no JobManager")' "$rest_port"
+}
+
+# --- Down and status ---
+
+# Prints name and id of each process that `up` started, running or not.
+started() {
+  local file
+  for file in "$pids"/*.pid; do
+    [[ -f $file ]] || continue
+    printf '%s %s\n' "$(basename "$file" .pid)" "$(<"$file")"
+  done
+}
+
+# Prints the ids of all processes of this cluster, the workers' too.
+running() {
+  local process
+  for process in /proc/[0-9]*; do
+    if [[ $(readlink "$process/cwd") == "$run"* ]]; then
+      echo "${process#/proc/}"
+    fi
+  done 2>/dev/null
+}
+
+anything_stopped() {
+  local name id
+  while read -r name id; do
+    kill -0 "$id" 2>/dev/null || return 0
+  done < <(started)
+  return 1
+}
+
+down() {
+  local id tries
+  for ((tries = 0; tries < 60; tries++)); do
+    [[ -n $(running) ]] || break
+    for id in $(running); do
+      if ((tries == 0)); then kill "$id"; elif ((tries >= 50)); then kill -9 "$id"; fi 2>/dev/null || true
+    done
+    sleep 0.2
+  done
+  rm -rf "$pids" "$run" "$FLINK_PID_DIR" "$cluster/workers"
+}
+
+status() {
+  local name id stopped=0
+  if [[ -z $(started) ]]; then
+    echo "no cluster runs in $cluster"
+    return 1
+  fi
+  while read -r name id; do
+    if [[ $(readlink "/proc/$id/cwd") == "$run"* ]]; then
+      echo "$name runs (process $id)"
+    else
+      echo "$name has stopped"
+      stopped=1
+    fi
+  done < <(started)
+  echo "TaskManagers at http://localhost:$rest_port: $(registered)"
+  return "$stopped"
+}
+
+case ${1:-} in
+  up | down | status) "$1" ;;
+  -h | --help | help) usage ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
+esac
