@@ -93,6 +93,11 @@ def _check_beam_options(parser: argparse.ArgumentParser, beam_options: Sequence[
     """Ends with usage 2 at an option that Beam does not know, which Beam itself would only warn about."""
     beam_parser = _beam_parser()
     _, unknown = beam_parser.parse_known_args(list(beam_options))
+    if unknown and not unknown[0].startswith("-"):
+        parser.error(
+            f"{unknown[0]!r} belongs to no option: only --input takes several values; others are given again for each, "
+            "and a value with spaces goes in quotes"
+        )
     if unknown:
         known = [option for one in (parser, beam_parser) for option in one._option_string_actions]
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
@@ -143,10 +148,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_input_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--input",
-        action="append",
+        action="extend",
+        nargs="+",  # A glob without quotes arrives as the files that the shell makes of it.
         default=[],
         metavar="GLOB",
-        help="files to read, local or gs://; repeatable; default: the sample corpus, Python's own docstrings",
+        help="files to read, local or gs://; repeatable; put globs in quotes, which `**` needs; default: the sample "
+        "corpus, Python's own docstrings",
     )
     group.add_argument(
         "--input_format",

@@ -129,12 +129,30 @@ def test_a_wrong_value_of_beams_option_is_named_without_all_the_others(capsys):
         (["--flink_mster=h:1"], "unknown option --flink_mster=h:1; did you mean --flink_master?"),
         (["--max_rejected=0.5"], "unknown option --max_rejected=0.5; did you mean --max_rejected_fraction?"),
         (["--qqqqqqqq"], "unknown option --qqqqqqqq"),
-        (["--full", "corpus.txt"], "unknown option corpus.txt"),
-        (["--input", "a.txt", "b.txt"], "unknown option b.txt"),
     ],
 )
 def test_an_unknown_option_is_refused_and_the_closest_named(capsys, argv, message):
     assert refusal(capsys, *argv) == message
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["stray", "--full"],
+        ["--full", "stray"],
+        ["--input=a.txt", "stray"],
+        ["--text_field", "title", "stray", "--full"],
+    ],
+)
+def test_a_word_that_belongs_to_no_option_is_refused(capsys, argv):
+    assert refusal(capsys, *argv).startswith("'stray' belongs to no option: only --input takes several values; ")
+
+
+def test_an_input_may_be_several_paths_as_the_shell_makes_them_of_a_glob():
+    argv = ["--input", "data/a.jsonl", "data/b.jsonl", "--full", "--input", "*.csv", "--flink_master", "host:8081"]
+    parsed = parse(argv)
+    assert parsed.input == ("data/a.jsonl", "data/b.jsonl", "*.csv")
+    assert parsed.beam_options[-2:] == ("--flink_master", "host:8081")
 
 
 @pytest.mark.parametrize("option", ["--out=x", "--in=x", "--rows=5", "--direct_num=2", "--flink_m=x", "--help_b"])
