@@ -32,6 +32,33 @@ def test_the_plan_of_a_json_lines_file(tmp_path):
     )
 
 
+ONE_LINE = '[{"id": 1, "text": "t"}, {"id": 2, "text": "t"}]'
+LINE_BY_LINE = '\n[ {"id": 1, "text": "t"},\n{"id": 2, "text": "t"},\n{"id": 3, "text": "t"}\n]\n'
+
+
+@pytest.mark.parametrize(
+    "array", [ONE_LINE, LINE_BY_LINE, json.dumps([{"text": "t"}] * 9, indent=2), "[]", "\ufeff[\n{}]"]
+)
+def test_a_json_array_is_refused_with_what_converts_it(tmp_path, array):
+    path = tmp_path / "the records.json"
+    path.write_text(array)
+    with pytest.raises(
+        ValueError, match=r"is one JSON array, .* `jq -c '\.\[\]' 'the records.json' > 'the records.jsonl'`$"
+    ):
+        plan(path)
+    with gzip.open(tmp_path / "a.json.gz", "wt") as file:
+        file.write(array)
+    with pytest.raises(ValueError, match=r"a\.json\.gz is .*: decompress it and convert it .* a\.json > a\.jsonl`$"):
+        plan(tmp_path / "a.json.gz")
+
+
+@pytest.mark.parametrize("first", ["[]", "[{}]", "[2026-11-22] begin of the log", '["an", "array"]', "["])
+def test_a_first_line_that_is_no_object_is_a_bad_record_where_others_are(tmp_path, first):
+    path = tmp_path / "a.json"
+    path.write_text(first + '\n{"text": "t"}\n{"text": "u"}\n')
+    assert plan(path).text_fields == ("text",)
+
+
 def test_local_patterns_become_absolute(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", {"text": "t"})
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,9 @@
 """Looks at the input before a job starts: which files there are, and which fields of which types are in them."""
 
 import itertools
+import posixpath
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -38,6 +41,9 @@ _PEEKED_FILES = 3
 _PEEKED_RECORDS = 1000
 _PEEKED_BYTES = 4 << 20
 """How much of a file is looked at."""
+
+_ARRAY_OF_OBJECTS = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*[{\]]")
+"""How a file begins that is one JSON array, empty or of objects."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,11 @@ def _peek_file(file: InputFile, format_: str) -> _Peek | None:
             return _Peek(file.path, format_, schema.names, schema=schema)
         chunks = _first_bytes(opened.chunks(), split_codec(file.path)[1])
         if format_ == "jsonl":
-            records = list(itertools.islice(_json_objects(chunks), _PEEKED_RECORDS))
+            first = next(chunks, b"")
+            records = list(itertools.islice(_json_objects(itertools.chain([first], chunks)), _PEEKED_RECORDS))
+            # Where several lines are objects, the first one is merely a bad record.
+            if len(records) < 2 and _ARRAY_OF_OBJECTS.match(first):
+                raise ValueError(_is_an_array(file.path))
             return _Peek(
                 file.path, format_, list(dict.fromkeys(name for record in records for name in record)), records
             )
@@ -174,6 +184,16 @@ def _peek_file(file: InputFile, format_: str) -> _Peek | None:
         # There are no fields, but a file that cannot be read should fail now.
         next(chunks, None)
         return None
+
+
+def _is_an_array(path: str) -> str:
+    inner_path, codec = split_codec(path)
+    name = posixpath.basename(inner_path)
+    new_name = f"{posixpath.splitext(name)[0]}.jsonl"
+    return (
+        f"{path} is one JSON array, not an object on each line: {'decompress it and ' if codec else ''}convert it with "
+        f"`jq -c '.[]' {shlex.quote(name)} > {shlex.quote(new_name)}`"
+    )
 
 
 def _first_bytes(chunks: Iterator[bytes], codec: str | None) -> Iterator[bytes]:
