@@ -181,6 +181,7 @@ def describe_encoder(checkpoint: str, max_tokens: int | None) -> dict[str, Any]:
         "bert": encoder.bert_name,
         "bert_sha256": encoder.bert_sha256,
         "lstm_sha256": encoder.lstm_sha256,
+        "tokenizer_sha256": encoder.tokenizer.sha256(),
         "pooling": encoder.pooling,
         "window": encoder.tokenizer.window_tokens,
         "max_tokens": encoder.max_tokens,

@@ -115,6 +115,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
 
 
 def _handler(job: Job) -> EncoderModelHandler:
+    encoder = job.run.encoder
     return EncoderModelHandler(
         job.checkpoint,
         job.max_tokens,
@@ -123,6 +124,8 @@ def _handler(job: Job) -> EncoderModelHandler:
         job.max_batch_tokens,
         num_threads=job.num_threads,
         expected_fingerprint=job.fingerprint,
+        # Not known where a job is only shown.
+        expected_tokenizer=(encoder["tokenizer_sha256"], encoder["max_tokens"]) if "max_tokens" in encoder else None,
         on_encoded=WorkSaver(work_folder(job.run.output, job.run.name), job.fingerprint),
     )
 

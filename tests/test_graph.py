@@ -10,7 +10,7 @@ from job_runs import documents_of, make_job, published_rows, run_job
 
 from pipeline import graph
 from transforms import incremental, known_vectors, reconcile
-from transforms.encoder import BertLstmEncoder
+from transforms.encoder import BertLstmEncoder, load_tokenizer
 from transforms.known_vectors import read_work
 from transforms.manifest import check_manifest
 from transforms.schema import Document, Rejected, content_hash
@@ -148,4 +148,5 @@ def test_the_handler_is_of_the_jobs_encoder_and_saves_into_the_runs_own_folder(t
     handler = graph._handler(job)
     assert handler.load_model().fingerprint == job.fingerprint
     assert handler.load_model().encoder.max_tokens == 7
+    assert handler.expected_tokenizer == (load_tokenizer(tiny_checkpoint).sha256(), 7)
     assert vars(handler._on_encoded)["_folder"] == work_folder(str(tmp_path), job.run.name)

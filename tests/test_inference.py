@@ -1,4 +1,6 @@
 import pickle
+import re
+import shutil
 
 import apache_beam as beam
 import numpy as np
@@ -11,9 +13,10 @@ from apache_beam.testing.util import assert_that
 from conftest import make_tiny_encoder
 
 from transforms import inference
-from transforms.encoder import BertLstmEncoder
+from transforms.encoder import BertLstmEncoder, load_tokenizer
 from transforms.inference import (
     EmbedDocuments,
+    EncodeDocuments,
     Encoded,
     EncoderModelHandler,
     Failed,
@@ -253,6 +256,24 @@ def test_embed_documents_embeds_or_rejects_each_document_once(tiny_checkpoint):
 
         assert_that(embeddings, check_embeddings, label="embeddings")
         assert_that(rejected, check_rejected, label="rejected")
+
+
+@pytest.mark.parametrize("other", ["vocabulary", "max_tokens"])
+def test_another_tokenizer_on_a_worker_is_refused(tiny_checkpoint, tmp_path, other):
+    expected = load_tokenizer(tiny_checkpoint)
+    checkpoint = tmp_path / "on the worker"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    path = checkpoint / ("config.json" if other == "max_tokens" else "bert/tokenizer.json")
+    text = path.read_text()
+    swapped = re.sub(r'("max_tokens": )\d+', r"\g<1>9", text) if other == "max_tokens" else text.replace("zip", "zap")
+    assert swapped != text
+    path.write_text(swapped)
+    handler = EncoderModelHandler(str(checkpoint), expected_tokenizer=(expected.sha256(), expected.max_tokens))
+    with (
+        pytest.raises(RuntimeError, match="on the worker' on this worker has the tokenizer .*the same release"),
+        run_pipeline() as pipeline,
+    ):
+        pipeline | beam.Create([Document("1", "zip")]) | EncodeDocuments(handler, str(checkpoint))
 
 
 @pytest.mark.gpu

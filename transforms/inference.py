@@ -262,6 +262,7 @@ class EncoderModelHandler(ModelHandler[TokenizedDocument, Encoded | Failed, Load
       batch_tokens: tokens of the texts sorted together; more means less padding and more memory.
       num_threads: CPU threads of PyTorch in this process; all cores where None.
       expected_fingerprint: loading fails where the worker's checkpoint has another one.
+      expected_tokenizer: SHA-256 and `max_tokens` of the tokenizer; tokenizing fails where the worker's has others.
       on_encoded: called in the worker with the results of every few batches as soon as there are any, to save them.
 
     Raises:
@@ -278,6 +279,7 @@ class EncoderModelHandler(ModelHandler[TokenizedDocument, Encoded | Failed, Load
         batch_tokens: int = BATCH_TOKENS,
         num_threads: int | None = None,
         expected_fingerprint: str | None = None,
+        expected_tokenizer: tuple[str, int] | None = None,
         on_encoded: Callable[[Sequence[Encoded]], None] | None = None,
     ):
         super().__init__()
@@ -301,6 +303,7 @@ class EncoderModelHandler(ModelHandler[TokenizedDocument, Encoded | Failed, Load
         self._batch_tokens = batch_tokens
         self._num_threads = num_threads
         self._expected_fingerprint = expected_fingerprint
+        self.expected_tokenizer = expected_tokenizer
         self._on_encoded = on_encoded
 
     def load_model(self) -> LoadedEncoder:
@@ -363,13 +366,23 @@ class _Tokenize(beam.DoFn):
 
     FAILED = "failed"
 
-    def __init__(self, checkpoint: str, max_tokens: int | None):
+    def __init__(self, checkpoint: str, max_tokens: int | None, expected: tuple[str, int] | None):
         self._checkpoint = checkpoint
         self._max_tokens = max_tokens
+        self._expected = expected
         self._tokenizer: Any = None
 
     def setup(self):
         self._tokenizer = load_tokenizer(self._checkpoint, self._max_tokens)
+        # The model takes any ids: those of another tokenizer would give vectors that mean nothing.
+        if self._expected is not None:
+            found = self._tokenizer.sha256(), self._tokenizer.max_tokens
+            if found != self._expected:
+                raise RuntimeError(
+                    f"checkpoint {self._checkpoint!r} on this worker has the tokenizer {found[0]} for {found[1]} tokens, "
+                    f"but the job was started with {self._expected[0]} for {self._expected[1]}: give all machines the "
+                    "same release and checkpoint"
+                )
 
     def process(self, document: Document):
         text_hash, failure = "", _unusable(document.text)
@@ -424,7 +437,7 @@ class EncodeDocuments(beam.PTransform):
     def expand(self, documents):
         """Wires tokenizing, a fusion break, and the model."""
         tokenized, unusable = documents | "Tokenize" >> beam.ParDo(
-            _Tokenize(self.checkpoint, self.max_tokens)
+            _Tokenize(self.checkpoint, self.max_tokens, self.handler.expected_tokenizer)
         ).with_outputs(_Tokenize.FAILED, main="tokenized")
         encoded, failed = (
             tokenized
