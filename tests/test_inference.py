@@ -16,8 +16,8 @@ from transforms import inference
 from transforms.encoder import BertLstmEncoder, load_tokenizer
 from transforms.inference import (
     EmbedDocuments,
-    EncodeDocuments,
     Encoded,
+    EncodeDocuments,
     EncoderModelHandler,
     Failed,
     LoadedEncoder,
@@ -270,7 +270,7 @@ def test_another_tokenizer_on_a_worker_is_refused(tiny_checkpoint, tmp_path, oth
     path.write_text(swapped)
     handler = EncoderModelHandler(str(checkpoint), expected_tokenizer=(expected.sha256(), expected.max_tokens))
     with (
-        pytest.raises(RuntimeError, match="on the worker' on this worker has the tokenizer .*the same release"),
+        pytest.raises(RuntimeError, match=r"on the worker' on this worker has the tokenizer .*the same release"),
         run_pipeline() as pipeline,
     ):
         pipeline | beam.Create([Document("1", "zip")]) | EncodeDocuments(handler, str(checkpoint))

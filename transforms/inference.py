@@ -379,9 +379,9 @@ class _Tokenize(beam.DoFn):
             found = self._tokenizer.sha256(), self._tokenizer.max_tokens
             if found != self._expected:
                 raise RuntimeError(
-                    f"checkpoint {self._checkpoint!r} on this worker has the tokenizer {found[0]} for {found[1]} tokens, "
-                    f"but the job was started with {self._expected[0]} for {self._expected[1]}: give all machines the "
-                    "same release and checkpoint"
+                    f"checkpoint {self._checkpoint!r} on this worker has the tokenizer {found[0]} for {found[1]} "
+                    f"tokens, but the job was started with {self._expected[0]} for {self._expected[1]}: give all "
+                    "machines the same release and checkpoint"
                 )
 
     def process(self, document: Document):
