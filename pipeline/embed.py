@@ -14,12 +14,15 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 
+from pipeline import dataflow
+from pipeline.dataflow_job import upload_once, wait
+from pipeline.dry_run import describe_job
 from pipeline.graph import Job, build
 from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
 from pipeline.options import EmbedOptions, parse
 from pipeline.progress_line import ProgressLine
 from pipeline.runners import beam_name, is_in_process
-from pipeline.sample import write_sample
+from pipeline.sample import KEPT_FIELDS, write_sample
 from pipeline.summary import summary
 from transforms import storage
 from transforms.checkpoint import cache_folder
@@ -59,7 +62,8 @@ def embed(options: EmbedOptions) -> int:
     """Embeds a corpus and publishes a snapshot.
 
     Returns:
-      `PUBLISHED`, or `NOT_PUBLISHED` where too much was rejected or the counts disagree.
+      `PUBLISHED`, or `NOT_PUBLISHED` where too much was rejected or the counts disagree; 0 too where the job was only
+      shown, or described for a template's launcher, which starts it once this program has ended.
 
     Raises:
       ValueError: an option does not fit the input, or the checkpoint is damaged.
@@ -69,7 +73,14 @@ def embed(options: EmbedOptions) -> int:
       JobError: the pipeline failed.
       KeyboardInterrupt: somebody interrupted it.
     """
+    if options.dry_run:
+        print(describe_job(options))
+        return PUBLISHED
     job = plan(options)
+    if dataflow.is_dataflow(options.runner) and dataflow.is_launch(options.beam_options):
+        _run_pipeline(job)
+        print(f"described snapshot={job.run.name} of {job.run.output}; the launcher starts the job")
+        return PUBLISHED
     watchable = is_in_process(options.runner) and _worker_processes(job.beam_options) is None
     with ProgressLine(watchable):
         manifest = run(job)
@@ -112,13 +123,13 @@ def plan(options: EmbedOptions) -> Job:
     encoder = describe_encoder(options.checkpoint, options.max_tokens)
     # Other storage than gs:// is reached with them; Beam hands them over only when a pipeline is made.
     FileSystems.set_options(PipelineOptions(list(options.beam_options)))
-    patterns = options.input or (str(write_sample(cache_folder())),)
+    patterns = options.input or (_sample(options),)
     inputs = plan_inputs(
         patterns,
         options.input_format,
         options.text_field,
         options.id_field,
-        options.keep_fields or (() if options.input else _SAMPLE_FIELDS),
+        options.keep_fields or (() if options.input else KEPT_FIELDS),
     )
     schema = output_schema(inputs.kept_fields, {f"encoder.{name}": str(value) for name, value in encoder.items()})
     token = latest_version(options.output)
@@ -158,7 +169,16 @@ def plan(options: EmbedOptions) -> Job:
         previous_encoder=latest.fingerprint if latest else None,
         unfinished=[] if options.full else found_work,
         beam_options=options.beam_options,
+        encoder_hints=dataflow.encoder_hints(options.gpu, options.gpu_everywhere),
     )
+
+
+def _sample(options: EmbedOptions) -> str:
+    """Returns the path of the sample corpus, where the workers can read it."""
+    path = write_sample(cache_folder())
+    if dataflow.is_dataflow(options.runner):
+        return upload_once(path, storage.join(dataflow.upload_folder(options.beam_options), "sample"))
+    return str(path)
 
 
 def _versions() -> dict[str, str]:
@@ -186,9 +206,6 @@ def describe_encoder(checkpoint: str, max_tokens: int | None) -> dict[str, Any]:
         "window": encoder.tokenizer.window_tokens,
         "max_tokens": encoder.max_tokens,
     }
-
-
-_SAMPLE_FIELDS = ("module", "kind")
 
 
 def _latest(output: str) -> Snapshot | None:
@@ -224,7 +241,7 @@ def _run_pipeline(job: Job) -> None:
     build(pipeline, job)
     try:
         with quiet_beam():
-            state = pipeline.run().wait_until_finish()
+            state = wait(pipeline.run())
     except Exception as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from error

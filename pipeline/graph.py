@@ -1,7 +1,7 @@
 """Wires the job's transforms into one Beam pipeline: read, one per id, one per text, encode, write, publish."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import apache_beam as beam
 import pyarrow as pa
@@ -44,6 +44,7 @@ class Job:
       previous_encoder: fingerprint of the last snapshot; None where there is none.
       unfinished: names of the runs whose saved work is taken up.
       beam_options: of Beam and the runner.
+      encoder_hints: Beam's resource hints for the step that runs the model.
     """
 
     run: Run
@@ -61,6 +62,7 @@ class Job:
     previous_encoder: str | None
     unfinished: Sequence[str]
     beam_options: Sequence[str] = ("--runner=FnApiRunner",)
+    encoder_hints: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +89,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
     encoded, failed = (
         to_encode
         | "ToDocument" >> beam.Map(_document_of)
-        | "EncodeDocuments" >> EncodeDocuments(_handler(job), job.checkpoint, job.max_tokens)
+        | "EncodeDocuments" >> EncodeDocuments(_handler(job), job.checkpoint, job.max_tokens, job.encoder_hints)
     )
     outcomes = (
         encoded | "ToVector" >> beam.Map(_vector_of),

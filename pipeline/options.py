@@ -3,11 +3,14 @@
 import argparse
 import difflib
 import sys
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from pipeline import dataflow
 from pipeline.runners import runner_options
 from transforms.hardware import DEVICES, DTYPES
 from transforms.read import INPUT_FORMATS, MAX_DOCUMENT_BYTES
@@ -37,6 +40,10 @@ class EmbedOptions:
       device: where it runs.
       max_batch_tokens: padded area of a batch; by device where None.
       runner: Beam runner.
+      bucket: of Cloud Storage, for Dataflow; None where not given.
+      gpu: of the machines that encode, on Dataflow; None where they have none.
+      gpu_everywhere: whether all machines have it.
+      dry_run: whether the job is only shown.
       beam_options: all options of Beam, the runner's included.
     """
 
@@ -58,6 +65,10 @@ class EmbedOptions:
     device: str
     max_batch_tokens: int | None
     runner: str
+    bucket: str | None
+    gpu: str | None
+    gpu_everywhere: bool
+    dry_run: bool
     beam_options: tuple[str, ...]
 
 
@@ -86,7 +97,36 @@ def parse(argv: Sequence[str]) -> EmbedOptions:
     values["input"] = tuple(arguments.input)
     values["text_field"] = tuple(arguments.text_field) if arguments.text_field else None
     values["keep_fields"] = (arguments.keep_fields,) if arguments.keep_fields else ()
-    return EmbedOptions(**values, beam_options=tuple(beam_options))
+    output = values.pop("output")
+    options = EmbedOptions(**values, output="output" if output is None else output, beam_options=tuple(beam_options))
+    try:
+        return _for_dataflow(options, output) if dataflow.is_dataflow(options.runner) else _without_dataflow(options)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _for_dataflow(options: EmbedOptions, output: str | None) -> EmbedOptions:
+    """Returns the options with what Dataflow needs; `output` is the one given."""
+    beam_options = dataflow.complete(
+        options.beam_options,
+        options.bucket,
+        options.gpu,
+        options.gpu_everywhere,
+        f"embed-corpus-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
+        dataflow.setup_file(),
+    )
+    if output is None and options.bucket is not None:
+        options = replace(options, output=f"{dataflow.bucket_folder(options.bucket)}/output")
+    dataflow.check_paths(options.input, options.output, options.checkpoint, beam_options)
+    device = dataflow.device_for(options.device, options.gpu, beam_options)
+    return replace(options, device=device, beam_options=tuple(beam_options))
+
+
+def _without_dataflow(options: EmbedOptions) -> EmbedOptions:
+    for name in ("bucket", "gpu", "gpu_everywhere"):
+        if getattr(options, name):
+            raise ValueError(f"--{name} is for Dataflow: add --runner=dataflow, or leave it out")
+    return options
 
 
 def _check_beam_options(parser: argparse.ArgumentParser, beam_options: Sequence[str]) -> None:
@@ -134,12 +174,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_input_options(parser.add_argument_group("input"))
     _add_output_options(parser.add_argument_group("output"))
     _add_encoder_options(parser.add_argument_group("encoder"))
+    _add_dataflow_options(parser.add_argument_group("Dataflow", "with --project and --region, and all of Beam's"))
     running = parser.add_argument_group("running")
     running.add_argument(
         "--runner",
         default="local",
         metavar="NAME",
         help="local, prism, flink, dataflow, or any runner Beam knows; default local: Beam's in-process runner",
+    )
+    running.add_argument(
+        "--dry_run", action="store_true", help="show the runner's options and the job's steps; read and run nothing"
     )
     running.add_argument("--help_beam", action="store_true", help="show the options of Beam and its runners, and exit")
     return parser
@@ -188,7 +232,9 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output", default="output", metavar="DIR", help="local or gs:// folder; default %(default)s")
+    group.add_argument(
+        "--output", metavar="DIR", help="local or gs:// folder; default output; with --bucket, gs://BUCKET/output"
+    )
     group.add_argument(
         "--rows_per_shard",
         type=_positive,
@@ -242,6 +288,23 @@ def _add_encoder_options(group: argparse._ArgumentGroup) -> None:
         type=_positive,
         metavar="TOKENS",
         help="padded tokens of one BERT batch; default 2048 on a CPU, 65536 on a GPU, halved when its memory is full",
+    )
+
+
+def _add_dataflow_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--bucket",
+        metavar="NAME",
+        help="bucket of Cloud Storage, or gs://BUCKET/FOLDER, for temporary files and, by default, the output",
+    )
+    group.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="GPU of the machines that encode, nvidia-l4 say, or a whole request: type:NAME;count:1;machine_type:...; "
+        "reading and tokenizing run on machines without; needs --sdk_container_image; default none",
+    )
+    group.add_argument(
+        "--gpu_everywhere", action="store_true", help="give all machines the GPU, not only those that encode"
     )
 
 

@@ -21,6 +21,9 @@ from pathlib import Path
 FIELDS = ("id", "text", "module", "kind")
 """Fields of each line, all strings."""
 
+KEPT_FIELDS = ("module", "kind")
+"""Those that `embed` copies to its output where the sample is its corpus."""
+
 # Installed packages, tests, and programs that come with the library; what is left is documentation.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3"}
 

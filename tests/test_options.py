@@ -28,12 +28,16 @@ DEFAULTS = {
     "device": "auto",
     "max_batch_tokens": None,
     "runner": "local",
+    "bucket": None,
+    "gpu": None,
+    "gpu_everywhere": False,
+    "dry_run": False,
     "beam_options": ("--runner=FnApiRunner",),
 }
 """Where one is None, the option's help says what that stands for."""
 
 GIVEN = {
-    "input": ("a.txt", "gs://bucket/*.gz"),
+    "input": ("gs://bucket/a.txt", "gs://bucket/*.gz"),
     "input_format": "csv",
     "text_field": ("title", "body"),
     "id_field": "url",
@@ -50,8 +54,12 @@ GIVEN = {
     "dtype": "bfloat16",
     "device": "cuda",
     "max_batch_tokens": 4096,
-    "runner": "flink",
-    "beam_options": ("--runner=FlinkRunner",),
+    "runner": "dataflow",
+    "bucket": "bucket",
+    "gpu": "nvidia-l4",
+    "gpu_everywhere": True,
+    "dry_run": True,
+    "beam_options": ("--runner=DataflowRunner", "--project=p", "--region=r", "--sdk_container_image=image"),
 }
 
 
@@ -77,10 +85,10 @@ def test_the_defaults():
 
 
 def test_every_option_is_taken():
-    argv = ["--full", "--keep_fields=lang,stars:int16"]
+    argv = ["--full", "--gpu_everywhere", "--dry_run", "--keep_fields=lang,stars:int16", *GIVEN["beam_options"][1:]]
     for name in ("input", "text_field"):
         argv += [word for value in GIVEN[name] for word in (f"--{name}", value)]
-    skipped = {"full", "keep_fields", "input", "text_field", "beam_options"}
+    skipped = {"full", "gpu_everywhere", "dry_run", "keep_fields", "input", "text_field", "beam_options"}
     argv += [f"--{name}={value}" for name, value in GIVEN.items() if name not in skipped]
     parsed = dataclasses.asdict(parse(argv))
     assert set(GIVEN["beam_options"]) <= set(parsed.pop("beam_options"))
@@ -102,9 +110,9 @@ def test_options_of_beam_reach_beam():
 
 
 def test_no_option_of_ours_hides_one_of_beams():
-    """But for --runner, whose value is handed on."""
+    """But for --runner, whose value is handed on, and --dry_run, which Beam has for Dataflow alone."""
     ours, beams = (set(parser._option_string_actions) for parser in (options._parser(), options._beam_parser()))
-    assert ours & beams == {"--runner"}
+    assert ours & beams == {"--runner", "--dry_run"}
 
 
 def test_a_wrong_value_of_beams_option_is_named_without_all_the_others(capsys):
@@ -205,7 +213,7 @@ def test_help_groups_the_options_and_says_units_and_defaults(capsys, monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     text = help_of(capsys, "--help")
     groups = dict(re.findall(r"^(\w+):\n((?:(?: .*)?\n)+)", text, re.MULTILINE))
-    assert [title for title in groups if title != "options"] == ["input", "output", "encoder", "running"]
+    assert [title for title in groups if title != "options"] == ["input", "output", "encoder", "Dataflow", "running"]
     described = {
         option: " ".join(body.split())
         for group in groups.values()
@@ -213,7 +221,7 @@ def test_help_groups_the_options_and_says_units_and_defaults(capsys, monkeypatch
     }
     names = {field.name for field in dataclasses.fields(EmbedOptions)} - {"beam_options"}
     assert set(described) == names | {"help_beam"}
-    for name in names - {"full"}:
+    for name in names - {"full", "gpu_everywhere", "dry_run"}:
         assert "default" in described[name], name
     for name in ("rows_per_shard", "max_document_bytes", "max_tokens", "max_batch_tokens", "max_rejected_fraction"):
         unit = name.rpartition("_")[2].replace("shard", "rows").upper()

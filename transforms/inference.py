@@ -3,8 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -428,11 +428,13 @@ class EncodeDocuments(beam.PTransform):
       handler: the model.
       checkpoint: the handler's checkpoint, whose tokenizer runs ahead of the model, on machines without one.
       max_tokens: the handler's.
+      resource_hints: Beam's hints (`accelerator`, `min_ram`) for the step that runs the model, and for no other.
     """
 
     handler: EncoderModelHandler
     checkpoint: str = "default"
     max_tokens: int | None = None
+    resource_hints: Mapping[str, str] = field(default_factory=dict)
 
     def expand(self, documents):
         """Wires tokenizing, a fusion break, and the model."""
@@ -443,7 +445,7 @@ class EncodeDocuments(beam.PTransform):
             tokenized
             # Keeps reading and tokenizing off the machines with accelerators, and spreads texts over these evenly.
             | "SpreadTexts" >> beam.Reshuffle()
-            | "Encode" >> RunInference(self.handler)
+            | "Encode" >> RunInference(self.handler).with_resource_hints(**self.resource_hints)
             | "SeparateFailed" >> beam.ParDo(_SeparateFailed()).with_outputs(_SeparateFailed.FAILED, main="encoded")
         )
         return encoded, (unusable, failed) | "FlattenFailed" >> beam.Flatten()
