@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.runners import PRISM, PRISM_PACKAGE
+
 _STEP = re.compile(r" ?\[while running '([^']*)'\]")
 """What Beam puts into the message of a step's error."""
 
@@ -16,6 +18,13 @@ _OWN_TYPE = re.compile(r"^(transforms|pipeline)\.[\w.]+: ")
 
 _MERE_TYPE = re.compile(r"^((RuntimeError|ValueError): )+")
 """Types that add nothing to a message; Beam turns what it cannot copy into a RuntimeError."""
+
+_NO_PRISM = "Unable to fetch remote prism binary"
+
+_PRISM_REMEDY = (
+    "give --prism_location=FILE; or build it where Go is, and it is found from then on: "
+    f"GOBIN={PRISM.parent} go install {PRISM_PACKAGE}"
+)
 
 # Of these loggers, see `quiet_beam`.
 _LOGGERS = ("apache_beam.runners.common", "apache_beam.runners.portability.local_job_service")
@@ -39,6 +48,8 @@ def root_cause(error: BaseException) -> str:
     if _OWN_TYPE.match(text):
         return _OWN_TYPE.sub("", text)
     text = _MERE_TYPE.sub("", text)
+    if _NO_PRISM in text:
+        return f"{text}: {_PRISM_REMEDY}"
     return f"{text} (in step {step[1]}; --traceback before the command shows where in the code)" if step else text
 
 

@@ -1,12 +1,15 @@
 """What a person is told of a job that failed; the errors are made by Beam itself, or as its other runners send them."""
 
 import logging
+from urllib.error import URLError
 
 import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability import prism_runner
 
 from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
+from pipeline.runners import PRISM
 from transforms.snapshots import DamagedSnapshotError
 
 HINT = "--traceback before the command shows where in the code"
@@ -96,3 +99,20 @@ def test_beams_other_messages_are_let_through(caplog):
         "a warning [while running 'Step']",
         "another error [while running 'Step']",
     ]
+
+
+def test_a_prism_that_cannot_be_downloaded_can_be_built(tmp_path, monkeypatch):
+    def refuse(url):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(prism_runner, "urlopen", refuse)
+    monkeypatch.setattr(prism_runner.PrismJobServer, "BIN_CACHE", str(tmp_path))
+    server = prism_runner.PrismJobServer(PipelineOptions([]))
+    with pytest.raises(RuntimeError) as caught:
+        server.local_bin(server.path_to_binary())
+    told = root_cause(caught.value)
+    assert told.startswith("Unable to fetch remote prism binary at https://github.com/apache/beam/releases/download/v")
+    assert "<urlopen error Name or service not known>: give --prism_location=FILE; or build it where Go is" in told
+    assert told.endswith(
+        f"GOBIN={PRISM.parent} go install github.com/apache/beam/sdks/v2/go/cmd/prism@v{beam.__version__}"
+    )
