@@ -6,6 +6,8 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,9 +16,11 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 
-from pipeline import dataflow
+from pipeline import dataflow, flink
 from pipeline.dataflow_job import upload_once, wait
 from pipeline.dry_run import describe_job
+from pipeline.flink_session import FlinkSession
+from pipeline.flink_setup import prepare
 from pipeline.graph import Job, build
 from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
 from pipeline.options import EmbedOptions, parse
@@ -82,6 +86,7 @@ def embed(options: EmbedOptions) -> int:
         print(f"described snapshot={job.run.name} of {job.run.output}; the launcher starts the job")
         return PUBLISHED
     watchable = is_in_process(options.runner) and _worker_processes(job.beam_options) is None
+    watchable = watchable or flink.is_flink(options.runner) and flink.is_loopback(job.beam_options)
     with ProgressLine(watchable):
         manifest = run(job)
     print(summary(job.run.folder, manifest))
@@ -98,15 +103,17 @@ def run(job: Job) -> dict[str, Any]:
       SnapshotError: another run published first.
       JobError: the pipeline failed.
     """
+    session = FlinkSession(job.beam_options) if flink.is_flink(job.run.runner) else None
     try:
-        _run_pipeline(job)
+        _run_pipeline(job, session)
     except BaseException as error:
         try:
             if is_published(job.run.output, job.run.name):
                 # Only what comes after publishing failed: old snapshots or work are still there, and nothing is lost.
                 print(f"warning: published, but cleaning up failed: {error}", file=sys.stderr)
                 return _outcome(job.run)
-            if is_in_process(job.run.runner):  # Elsewhere it may go on without us, and still publish.
+            # Elsewhere it may go on without us, and still publish.
+            if is_in_process(job.run.runner) or (session is not None and session.is_over()):
                 abandon(job.run.output, job.run.name)
         except (SnapshotError, OSError) as another:
             raise JobError(f"{error}; then cleaning up failed too: {another}") from error
@@ -120,6 +127,8 @@ def plan(options: EmbedOptions) -> Job:
     if is_in_process(options.runner):  # Elsewhere the workers' hardware decides, when they load the model.
         resolve_dtype(options.dtype, resolve_device(options.device))
     storage.check_url(options.output)
+    if flink.is_flink(options.runner):
+        options = replace(options, beam_options=tuple(prepare(options.beam_options)))
     encoder = describe_encoder(options.checkpoint, options.max_tokens)
     # Other storage than gs:// is reached with them; Beam hands them over only when a pipeline is made.
     FileSystems.set_options(PipelineOptions(list(options.beam_options)))
@@ -236,18 +245,22 @@ def _threads_per_process(options: EmbedOptions) -> int | None:
     return max(1, cores // (processes or cores))
 
 
-def _run_pipeline(job: Job) -> None:
-    pipeline = beam.Pipeline(options=PipelineOptions(list(job.beam_options)))
+def _run_pipeline(job: Job, session: FlinkSession | None = None) -> None:
+    options = PipelineOptions(list(job.beam_options))
+    pipeline = beam.Pipeline(options=options) if session is None else session.pipeline()
     build(pipeline, job)
     try:
-        with quiet_beam():
+        with quiet_beam(), session or nullcontext():
             state = wait(pipeline.run())
     except Exception as error:
         if was_interrupted(error):
             raise KeyboardInterrupt from error
         if not is_published(job.run.output, job.run.name):
             check_not_overtaken(job.run.output, job.run.token)
-        raise JobError(root_cause(error)) from error
+        message = root_cause(error)
+        if session is not None and session.log.exists():
+            message += f"; the job server's log is {session.log}"
+        raise JobError(message) from error
     if state not in (None, "DONE"):
         raise JobError(f"the runner says the job ended {state}")
 

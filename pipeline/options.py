@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from pipeline import dataflow
+from pipeline import dataflow, flink
 from pipeline.runners import runner_options
 from transforms.hardware import DEVICES, DTYPES
 from transforms.read import INPUT_FORMATS, MAX_DOCUMENT_BYTES
@@ -100,7 +100,10 @@ def parse(argv: Sequence[str]) -> EmbedOptions:
     output = values.pop("output")
     options = EmbedOptions(**values, output="output" if output is None else output, beam_options=tuple(beam_options))
     try:
-        return _for_dataflow(options, output) if dataflow.is_dataflow(options.runner) else _without_dataflow(options)
+        if dataflow.is_dataflow(options.runner):
+            return _for_dataflow(options, output)
+        options = _without_dataflow(options)
+        return _for_flink(options) if flink.is_flink(options.runner) else options
     except ValueError as error:
         parser.error(str(error))
 
@@ -120,6 +123,11 @@ def _for_dataflow(options: EmbedOptions, output: str | None) -> EmbedOptions:
     dataflow.check_paths(options.input, options.output, options.checkpoint, beam_options)
     device = dataflow.device_for(options.device, options.gpu, beam_options)
     return replace(options, device=device, beam_options=tuple(beam_options))
+
+
+def _for_flink(options: EmbedOptions) -> EmbedOptions:
+    beam_options = flink.complete(options.beam_options, dataflow.setup_file())
+    return replace(options, beam_options=tuple(beam_options))
 
 
 def _without_dataflow(options: EmbedOptions) -> EmbedOptions:

@@ -142,6 +142,10 @@ taskmanager.bind-host: localhost
 taskmanager.host: localhost
 taskmanager.memory.process.size: $memory
 taskmanager.numberOfTaskSlots: $slots
+# The job is one graph of many shuffles: Flink's own 128 MB of buffers, taken 512 at a time, are too few for it.
+taskmanager.memory.network.min: 192m
+taskmanager.memory.network.max: 1g
+taskmanager.network.sort-shuffle.min-buffers: 64
 rest.address: localhost
 rest.bind-address: localhost
 rest.port: $rest_port
@@ -200,7 +204,7 @@ up() {
   done
   # Started beside the repository, not in it: a worker must not find our package where it stands.
   start pool env -u PYTHONPATH -u PYTHONSAFEPATH PATH="$worker_python/bin:$PATH" \
-    "$worker_python/bin/python" -m apache_beam.runners.worker.worker_pool_main --service_port="$pool_port" \
+    "$worker_python/bin/python" "$here/worker_pool.py" --service_port="$pool_port" \
     --container_executable="$cluster/start-worker.sh"
   wait_until_ready || {
     tail -n 20 "$FLINK_LOG_DIR"/*.out >&2
