@@ -31,7 +31,7 @@ from transforms.publish import (
 )
 from transforms.schema import Rejected
 from transforms.snapshots import (
-    DamagedSnapshotError,
+    BrokenShardError,
     LatestVersion,
     check_shards,
     latest_version,
@@ -299,7 +299,9 @@ def test_a_missing_or_unfinished_shard_is_refused(output):
         storage.delete_files([shard])
         if harm == "unfinished":
             storage.create_exclusively(shard, b"PAR1")
-        with pytest.raises(DamagedSnapshotError, match=r"00001-of-00002\.parquet (is missing|has 4 bytes)"):
+        with pytest.raises(
+            BrokenShardError, match=r"00001-of-00002\.parquet (is missing|has 4 bytes).*: nothing was published, and"
+        ):
             publish(*prepared)
         abandon(output, prepared.name)
     assert list_published(output) == []

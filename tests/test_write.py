@@ -29,7 +29,7 @@ from snapshot_helper import embedding
 
 from transforms import storage, write
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, output_schema, pack_row
-from transforms.snapshots import open_shard
+from transforms.snapshots import BrokenShardError, open_shard
 from transforms.write import (
     COMPRESSIONS,
     PARTS_FOLDER,
@@ -379,15 +379,28 @@ def test_a_try_that_fails_leaves_only_what_it_had_finished(anywhere, monkeypatch
 def test_a_footer_that_disagrees_with_what_was_written_is_an_error(tmp_path):
     (file,) = write_shard(tmp_path, rows_of(3))
     wrong = file._replace(rows=4)
-    with pytest.raises(OSError, match=r"the footer of .*/embeddings-00000-of-00001.parquet says 3 rows, but 4 were"):
+    with pytest.raises(
+        BrokenShardError, match=r"/embeddings-00000-of-00001.parquet has 3 rows by its footer, not 4, t"
+    ):
         name_shard(tmp_path, wrong, [wrong])
 
 
 def test_a_shard_that_is_lost_before_it_is_named_is_an_error(tmp_path):
     (file,) = write_shard(tmp_path, rows_of(3))
     (tmp_path / PARTS_FOLDER / file.file).unlink()
-    with pytest.raises(ValueError, match=r"embeddings-00000-of-00001\.parquet is missing"):
+    with pytest.raises(BrokenShardError, match=r"embeddings-00000-of-00001\.parquet is missing, .* nothing was publ"):
         name_shard(tmp_path, file, [file])
+
+
+def test_a_shard_that_is_not_what_was_written_is_an_error(tmp_path):
+    (file,) = write_shard(tmp_path, rows_of(3))
+    (tmp_path / PARTS_FOLDER / file.file).write_bytes(b"PAR1 and no more")
+    with pytest.raises(
+        BrokenShardError, match=r"00001\.parquet is not Parquet \(.*\), though this run has just"
+    ) as caught:
+        name_shard(tmp_path, file, [file])
+    assert "--full" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_large_shards_have_several_row_groups(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from transforms.snapshots import (
     MANIFEST_FILE,
     NAME_FORMAT,
     WORK_FOLDER,
+    BrokenShardError,
     DamagedSnapshotError,
     LatestVersion,
     Snapshot,
@@ -119,7 +120,7 @@ def publish(output: str, name: str, manifest: dict[str, Any], token: LatestVersi
 
     Raises:
       ValueError: the manifest is invalid, or the name is not claimed.
-      DamagedSnapshotError: a shard of the manifest is missing or has another size.
+      BrokenShardError: a shard of the manifest is missing or has another size.
       ConcurrentRunError: another run has published; all that this one wrote, but for its work, is removed.
     """
     check_manifest(manifest)
@@ -235,7 +236,10 @@ def _write_manifest(snapshot: Snapshot) -> Snapshot:
     output, name, manifest = snapshot.output, snapshot.name, snapshot.manifest
     if storage.read_versioned(_claim_path(output, name)) is None:
         raise ValueError(f"snapshot {name} of {output} is not claimed: its run has been abandoned")
-    check_shards(snapshot)
+    try:
+        check_shards(snapshot)
+    except DamagedSnapshotError as error:  # Which tells how to do without a published snapshot, and this is none yet.
+        raise BrokenShardError(*error.args) from error
     for folder in storage.list_folders(snapshot.folder):
         if folder.startswith("."):
             storage.delete_folder(join(snapshot.folder, folder))

@@ -59,6 +59,20 @@ class DamagedSnapshotError(SnapshotError):
         )
 
 
+class BrokenShardError(SnapshotError):
+    """A file that a run has written for its own snapshot is missing, or is not what was written."""
+
+    def __init__(self, file: str, fault: str):
+        super().__init__(file, fault)  # Both, so that it survives being pickled.
+
+    def __str__(self) -> str:
+        file, fault = self.args
+        return (
+            f"{file} {fault}, though this run has just written it: nothing was published, and the last snapshot is as "
+            "it was. See what else changes files there, or whether the disk is full or failing, and run it again"
+        )
+
+
 class LatestVersion(NamedTuple):
     """What LATEST says, and as of which write: what a run starts from and publishes upon.
 

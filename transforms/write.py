@@ -22,7 +22,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from transforms import storage
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, pack_row
-from transforms.snapshots import open_shard
+from transforms.snapshots import BrokenShardError, DamagedSnapshotError, open_shard
 
 ROWS_PER_SHARD = 250_000
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
@@ -260,7 +260,7 @@ class _NameShard(beam.DoFn):
         if FileSystems.exists(source):
             FileSystems.rename([source], [target])
         if self._count_rows is not None and (rows := self._count_rows(target)) != shard.rows:
-            raise OSError(f"the footer of {target} says {rows} rows, but {shard.rows} were written")
+            raise BrokenShardError(target, f"has {rows} rows by its footer, not {shard.rows}")
         yield shard._replace(file=name)
 
 
@@ -392,8 +392,11 @@ def _check_rows_per_shard(rows_per_shard: int) -> None:
 
 
 def _count_rows(path: str) -> int:
-    with open_shard(path) as shard:
-        return shard.metadata.num_rows
+    try:
+        with open_shard(path) as shard:
+            return shard.metadata.num_rows
+    except DamagedSnapshotError as error:  # Which tells how to do without a published snapshot, and this is none yet.
+        raise BrokenShardError(*error.args) from error
 
 
 def _embedding_name(row: Embedding | tuple) -> str:
