@@ -30,7 +30,7 @@ from pipeline.sample import KEPT_FIELDS, write_sample
 from pipeline.summary import summary
 from transforms import storage
 from transforms.checkpoint import cache_folder
-from transforms.encoder import BertLstmEncoder
+from transforms.fingerprint import describe_checkpoint
 from transforms.hardware import resolve_device, resolve_dtype
 from transforms.publish import abandon, check_not_overtaken, claim, is_running
 from transforms.read import ReadDocuments, plan_inputs
@@ -203,18 +203,7 @@ def _versions() -> dict[str, str]:
 
 def describe_encoder(checkpoint: str, max_tokens: int | None) -> dict[str, Any]:
     """Returns what a manifest says about a checkpoint's encoder; dtype and device are known only to the workers."""
-    encoder = BertLstmEncoder.from_pretrained(checkpoint, max_tokens)
-    return {
-        "fingerprint": encoder.fingerprint(),
-        "checkpoint": checkpoint,
-        "bert": encoder.bert_name,
-        "bert_sha256": encoder.bert_sha256,
-        "lstm_sha256": encoder.lstm_sha256,
-        "tokenizer_sha256": encoder.tokenizer.sha256(),
-        "pooling": encoder.pooling,
-        "window": encoder.tokenizer.window_tokens,
-        "max_tokens": encoder.max_tokens,
-    }
+    return {"checkpoint": checkpoint, **describe_checkpoint(checkpoint, max_tokens)._asdict()}
 
 
 def _latest(output: str) -> Snapshot | None:

@@ -91,7 +91,9 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
         defaults["environment_config"] = WORKER_POOL
     if kind != "LOOPBACK" and setup_file is not None and options.view_as(SetupOptions).setup_file is None:
         defaults["setup_file"] = setup_file
-    elsewhere = next((place for place in (master_of(given), portable.job_endpoint) if place and not _is_here(place)), None)
+    elsewhere = next(
+        (place for place in (master_of(given), portable.job_endpoint) if place and not _is_here(place)), None
+    )
     if elsewhere and kind == "LOOPBACK":
         raise ValueError(
             f"--environment_type LOOPBACK has the work done in this process, which {elsewhere} cannot reach: leave it "

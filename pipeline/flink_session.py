@@ -158,5 +158,3 @@ class _Loopback(BeamFnExternalWorkerPoolServicer):
 
     def StopWorker(self, stop_worker_request, unused_context):  # The name is Beam's.
         return beam_fn_api_pb2.StopWorkerResponse()
-
-

@@ -6,17 +6,20 @@ import pytest
 import torch
 
 from transforms import hardware
-from transforms.hardware import cpu_flags, describe, resolve_device, resolve_dtype
+from transforms.hardware import bfloat16_speed_up, cpu_flags, describe, resolve_device, resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes this machine one with these CPU flags, and with a GPU of this compute capability."""
+    """Makes this machine one with these CPU flags, this speed of bfloat16, and a GPU of this compute capability."""
 
-    def make(flags: set[str] | None = None, capability: tuple[int, int] | None = None) -> None:
+    def make(
+        flags: set[str] | None = None, capability: tuple[int, int] | None = None, bfloat16_speed_up: float = 2.0
+    ) -> None:
         monkeypatch.setattr(hardware, "cpu_flags", lambda: flags or set())
+        monkeypatch.setattr(hardware, "bfloat16_speed_up", lambda: bfloat16_speed_up)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
@@ -73,6 +76,24 @@ def test_the_dtype(machine, caplog, asked, device, flags, capability, expected):
     machine(flags, capability)
     assert resolve_dtype(asked, device) == expected
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(("speed_up", "expected"), [(0.5, torch.float32), (1.1, torch.float32), (1.9, torch.bfloat16)])
+def test_native_bfloat16_is_only_taken_where_it_is_faster(machine, speed_up, expected):
+    machine({"avx512_bf16"}, bfloat16_speed_up=speed_up)
+    assert resolve_dtype("auto", CPU) == expected
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_emulated_bfloat16_is_not_even_timed(machine):
+    machine({"avx2"}, bfloat16_speed_up=9)
+    assert resolve_dtype("auto", CPU) == torch.float32
+
+
+@pytest.mark.skipif(not {"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags(), reason="this CPU has no bfloat16")
+def test_the_speed_of_bfloat16_is_measured_on_this_cpu():
+    assert 0.1 < bfloat16_speed_up() < 20
+    assert bfloat16_speed_up() == bfloat16_speed_up(), "measured once"
 
 
 @pytest.mark.parametrize(("device", "capability"), [(CPU, None), (CUDA, (7, 5))])

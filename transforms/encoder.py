@@ -1,19 +1,17 @@
 """BertLstmEncoder: a text through BERT, one LSTM layer and pooling to a vector of 256 numbers; knows no Beam."""
 
 import hashlib
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import copyfile
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import BertModel
 
 from transforms.checkpoint import (
     BERT_FILE,
@@ -23,13 +21,14 @@ from transforms.checkpoint import (
     TOKENIZER_FILE,
     CheckpointConfig,
     bert_folder,
-    check_sha256,
     checkpoint_folder,
-    published_sha256,
     sha256_of,
 )
+from transforms.fingerprint import fingerprint
+from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
 from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
+from transforms.weights import load_bert, load_bert_tokenizer, load_lstm, serialized
 
 DEFAULT_MAX_TOKENS = 8192
 DEFAULT_WINDOW_TOKENS = 512
@@ -186,7 +185,7 @@ class BertLstmEncoder(nn.Module):
         packed = torch.empty_like(tokens).index_copy(0, torch.from_numpy(flat_slots).to(tokens.device), tokens)
         return self.pool(packed, slots)[torch.from_numpy(rank_of_text).to(tokens.device)]
 
-    def pool(self, packed_token_embeddings: Tensor, slots: "PackedSlots") -> Tensor:
+    def pool(self, packed_token_embeddings: Tensor, slots: PackedSlots) -> Tensor:
         """Runs the LSTM over whole texts and pools its outputs.
 
         Args:
@@ -281,31 +280,17 @@ class BertLstmEncoder(nn.Module):
         """SHA-256 of the BERT's `model.safetensors`, as loaded or as it would be saved."""
         if self._bert_sha256 is None:
             file = self._bert_file
-            self._bert_sha256 = hashlib.sha256(_serialized(self.bert)).hexdigest() if file is None else sha256_of(file)
+            self._bert_sha256 = hashlib.sha256(serialized(self.bert)).hexdigest() if file is None else sha256_of(file)
         return self._bert_sha256
 
     @property
     def lstm_sha256(self) -> str:
         """SHA-256 of the LSTM's weights as `save_pretrained` would write them."""
-        return hashlib.sha256(_serialized(self.lstm)).hexdigest()
+        return hashlib.sha256(serialized(self.lstm)).hexdigest()
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 over everything a vector's meaning depends on.
-
-        That is BERT's and the LSTM's weights, tokenizer, pooling, window and `max_tokens`: vectors with the same
-        fingerprint can be compared, others not. Device, batch size and type of the numbers change nothing but rounding.
-        """
-        config = self.bert.config
-        parts = {
-            "bert": self.bert_sha256,
-            "bert_config": [config.num_attention_heads, config.hidden_act, config.layer_norm_eps],
-            "lstm": self.lstm_sha256,
-            "tokenizer": self.tokenizer.sha256(),
-            "pooling": self.pooling,
-            "window_tokens": self.tokenizer.window_tokens,
-            "max_tokens": self.max_tokens,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        """Returns the SHA-256 over everything a vector's meaning depends on; see `transforms.fingerprint`."""
+        return fingerprint(self.bert.config, self.bert_sha256, self.lstm_sha256, self.tokenizer, self.pooling)
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path = "default", max_tokens: int | None = None) -> "BertLstmEncoder":
@@ -321,15 +306,9 @@ class BertLstmEncoder(nn.Module):
         """
         folder = checkpoint_folder(str(checkpoint))
         config = CheckpointConfig.read(folder)
-        check_sha256(folder / LSTM_FILE, config.lstm_sha256)
-        weights = safetensors.torch.load_file(folder / LSTM_FILE)
         bert, tokenizer, bert_file = load_bert(config.bert, folder, config.bert_sha256)
-        lstm = nn.LSTM(bert.config.hidden_size, EMBEDDING_DIM)
-        try:
-            lstm.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{folder / LSTM_FILE} does not fit BERT {config.bert!r}: {error}") from error
-        return cls(
+        lstm = load_lstm(folder, config, bert.config.hidden_size)
+        encoder = cls(
             bert,
             tokenizer,
             lstm,
@@ -339,6 +318,8 @@ class BertLstmEncoder(nn.Module):
             bert_name=config.bert,
             bert_file=bert_file,
         )
+        encoder._bert_sha256 = config.bert_sha256  # Checked just now.
+        return encoder
 
     @classmethod
     def from_bert(
@@ -376,7 +357,7 @@ class BertLstmEncoder(nn.Module):
             include_bert = self.bert_name in (None, BERT_SUBFOLDER) or Path(str(self.bert_name)).is_dir()
         if include_bert:
             self._save_bert(folder / BERT_SUBFOLDER)
-        (folder / LSTM_FILE).write_bytes(_serialized(self.lstm))
+        (folder / LSTM_FILE).write_bytes(serialized(self.lstm))
         CheckpointConfig(
             bert=BERT_SUBFOLDER if include_bert else str(self.bert_name),
             bert_sha256=self.bert_sha256,
@@ -394,7 +375,7 @@ class BertLstmEncoder(nn.Module):
             # It may hold other tensors too, a pooler say: the same weights keep the same SHA-256.
             copyfile(self._bert_file, folder / BERT_FILE)
         elif self.dtype == torch.float32:
-            (folder / BERT_FILE).write_bytes(_serialized(self.bert))
+            (folder / BERT_FILE).write_bytes(serialized(self.bert))
         else:
             raise ValueError(f"the BERT's weights were rounded to {self.dtype}: save the encoder before it is moved")
 
@@ -411,87 +392,5 @@ def load_tokenizer(checkpoint: str, max_tokens: int | None = None) -> WindowToke
     """
     folder = checkpoint_folder(checkpoint)
     config = CheckpointConfig.read(folder)
-    tokenizer = _bert_tokenizer(bert_folder(config.bert, folder))
+    tokenizer = load_bert_tokenizer(bert_folder(config.bert, folder))
     return WindowTokenizer(tokenizer, config.window_tokens, config.max_tokens if max_tokens is None else max_tokens)
-
-
-def _bert_tokenizer(folder: Path) -> Tokenizer:
-    if (folder / TOKENIZER_FILE).is_file():
-        return Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    # Older BERTs have only a list of words.
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_fast=True)
-    return tokenizer.backend_tokenizer
-
-
-def load_bert(
-    name: str, checkpoint: Path | None = None, expected_sha256: str | None = None
-) -> tuple[BertModel, Tokenizer, Path]:
-    """Loads a BERT and its tokenizer; gives also the file of its weights.
-
-    Args:
-      name: package, folder, gs:// folder, hub name, or `bert` for the checkpoint's own.
-      checkpoint: the checkpoint's folder.
-      expected_sha256: of the file of its weights; of a packaged BERT the published one where None.
-
-    Raises:
-      FileNotFoundError: there is no such BERT.
-      ValueError: it is no BERT, weights are missing, or they are not those expected.
-    """
-    folder = bert_folder(name, checkpoint)
-    config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")
-    # BertConfig reads any model's file; what it says it is decides.
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != "bert":
-        raise ValueError(f"{folder} holds a {model_type!r} model: a 'bert' is needed")
-    expected_sha256 = expected_sha256 or published_sha256(name)
-    if expected_sha256 is not None:
-        check_sha256(folder / BERT_FILE, expected_sha256)
-    bert = BertModel(config, add_pooling_layer=False)
-    bert.load_state_dict(_bert_weights(folder / BERT_FILE, bert.state_dict().keys()))
-    return bert, _bert_tokenizer(folder), folder / BERT_FILE
-
-
-def _bert_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """Reads the named weights from a file that may have others too and may write names as older BERTs do."""
-    weights = {}
-    for name, tensor in safetensors.torch.load_file(path).items():
-        name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
-        if name in names:
-            weights[name] = tensor
-    if missing := sorted(set(names) - set(weights)):
-        raise ValueError(f"{path} lacks {len(missing)} of the BERT's weights: {', '.join(missing[:3])} ...")
-    return weights
-
-
-def _serialized(module: nn.Module) -> bytes:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
-
-
-class PackedSlots(NamedTuple):
-    """Where the tokens of texts, sorted longest first, are in a PackedSequence's data.
-
-    Attributes:
-      lengths: (texts,) int64, descending.
-      texts_at_step: (longest,) int64, how many texts have a token at each step.
-      first_slot: (longest,) int64, the slot of each step's first token.
-      rank_of_slot: (tokens,) int64, the text that each slot belongs to.
-    """
-
-    lengths: np.ndarray
-    texts_at_step: np.ndarray
-    first_slot: np.ndarray
-    rank_of_slot: np.ndarray
-
-    def of_text(self, rank: int) -> np.ndarray:
-        """Returns the slots of a text's tokens, in their order."""
-        return self.first_slot[: self.lengths[rank]] + rank
-
-
-def packed_slots(lengths: np.ndarray) -> PackedSlots:
-    """Lays out the tokens of texts as torch's packed sequences do; `lengths` (texts,) must be descending."""
-    steps = np.arange(lengths[0])
-    texts_at_step = np.searchsorted(-lengths, -steps, side="left").astype(np.int64)
-    first_slot = np.cumsum(texts_at_step) - texts_at_step
-    rank_of_slot = np.arange(texts_at_step.sum()) - np.repeat(first_slot, texts_at_step)
-    return PackedSlots(lengths, texts_at_step, first_slot, rank_of_slot)

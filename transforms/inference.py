@@ -42,9 +42,9 @@ _REFERENCE_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "Embeddings of whole corpora, again and again, on whatever engine a company already runs.",
     "naïve façade — 東京 2026 🙂",
-    "Return the number of seconds since the epoch. " * 12,
-    "def main(argv): return [int(value) for value in argv if value.isdigit()]\n" * 20,
-    "It was the best of times, it was the worst of times, it was the age of wisdom. " * 60,
+    "Return the number of seconds since the epoch. " * 8,
+    "def main(argv): return [int(value) for value in argv if value.isdigit()]\n" * 6,
+    "It was the best of times, it was the worst of times, it was the age of wisdom. " * 26,
 )
 """Texts of one token up to several windows, for the check at load."""
 
