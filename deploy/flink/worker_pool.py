@@ -27,12 +27,11 @@ def main() -> None:
     parser.add_argument("--service_port", type=int, required=True, help="where TaskManagers ask for workers")
     parser.add_argument("--container_executable", required=True, help="what starts a worker; gets Beam's boot options")
     arguments = parser.parse_args()
-    SharedWorkerPool.start(
+    _, server = SharedWorkerPool.start(  # It serves for as long as somebody holds it.
         use_process=True, port=arguments.service_port, container_executable=arguments.container_executable
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    while True:
-        signal.pause()
+    server.wait_for_termination()
 
 
 if __name__ == "__main__":
