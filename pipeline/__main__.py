@@ -63,9 +63,11 @@ def _is_for_users(error: Exception) -> bool:
 
 
 def _run(name: str, options: list[str]) -> int:
-    module = import_module(f"pipeline.{name}")  # Only now, so that help and mistakes are answered at once.
-    if name == "embed":  # It takes the options of Beam's runners too, and so parses them itself.
-        return module.main(options)
+    # Modules are imported only when they are needed, so that help and mistakes are answered soon.
+    if name == "embed":  # It takes the options of Beam's runners too; PyTorch and the job are loaded after them.
+        parsed = import_module("pipeline.options").parse(options)
+        return import_module("pipeline.embed").embed(parsed)
+    module = import_module(f"pipeline.{name}")
     parser = argparse.ArgumentParser(
         prog=f"python -m pipeline {name}",
         description=module.__doc__,

@@ -23,7 +23,7 @@ from pipeline.flink_session import FlinkSession
 from pipeline.flink_setup import prepare
 from pipeline.graph import Job, build
 from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
-from pipeline.options import EmbedOptions, parse
+from pipeline.options import EmbedOptions
 from pipeline.progress_line import ProgressLine
 from pipeline.runners import beam_name, is_in_process
 from pipeline.sample import KEPT_FIELDS, write_sample
@@ -55,11 +55,6 @@ _PACKAGES = ("apache-beam", "torch", "transformers", "tokenizers", "pyarrow", "n
 
 class JobError(Exception):
     """The job ran and failed."""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs `embed` with command-line options; returns the exit status."""
-    return embed(parse(argv))
 
 
 def embed(options: EmbedOptions) -> int:

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer
 
 from pipeline.training_data import StsPairs, halves, read_columns, read_sts, read_texts
+from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import MAX_BATCH_TOKENS, MAX_PADDING_TOKENS, BertLstmEncoder
-from transforms.hardware import DEVICES, DTYPES, resolve_device, resolve_dtype
+from transforms.hardware import resolve_device, resolve_dtype
 from transforms.tokenization import padded_batches
 
 Encode = Callable[[Sequence[str]], np.ndarray]

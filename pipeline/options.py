@@ -12,7 +12,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline import dataflow, flink
 from pipeline.runners import runner_options
-from transforms.hardware import DEVICES, DTYPES
+from transforms.devices import DEVICES, DTYPES
 from transforms.read import INPUT_FORMATS, MAX_DOCUMENT_BYTES
 from transforms.write import COMPRESSIONS, ROWS_PER_SHARD
 

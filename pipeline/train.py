@@ -9,8 +9,9 @@ from pipeline.token_embeddings import compute_token_embeddings
 from pipeline.training import Settings, Training
 from pipeline.training_data import read_sts, read_training_texts
 from transforms.checkpoint import POOLINGS
+from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import DEFAULT_MAX_TOKENS, BertLstmEncoder
-from transforms.hardware import DEVICES, DTYPES, resolve_device, resolve_dtype
+from transforms.hardware import resolve_device, resolve_dtype
 
 STATE_FILE = "training-state.safetensors"
 

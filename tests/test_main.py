@@ -28,9 +28,11 @@ def command(monkeypatch):
 def embedded(monkeypatch):
     """The arguments that `embed` was called with."""
     calls = []
-    module = ModuleType("pipeline.embed")
-    module.main = lambda argv: calls.append(argv) or 3
-    monkeypatch.setitem(sys.modules, "pipeline.embed", module)
+    modules = ModuleType("pipeline.options"), ModuleType("pipeline.embed")
+    modules[0].parse = tuple
+    modules[1].embed = lambda options: calls.append(list(options)) or 3
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
 
 
@@ -44,7 +46,7 @@ def raising(error):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_there(name):
     module = import_module(f"pipeline.{name}")
-    for function in ("main",) if name == "embed" else ("add_arguments", "run"):
+    for function in ("embed",) if name == "embed" else ("add_arguments", "run"):
         assert callable(getattr(module, function))
 
 
@@ -58,6 +60,17 @@ def test_help_names_every_word_and_loads_nothing_heavy():
     assert (result.returncode, result.stderr) == (0, "")
     first_words = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
     assert set(COMMANDS) | set(RUNNERS) <= set(first_words)
+
+
+@pytest.mark.parametrize(("options", "status"), [(["--help"], 0), (["--ouptut=x"], 2)])
+def test_help_and_mistakes_of_embed_are_answered_without_loading_the_model(options, status):
+    script = (
+        "import sys; from pipeline.__main__ import main\n"
+        f"try: main(['embed', *{options}])\n"
+        "finally: assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (status, False)
 
 
 @pytest.mark.parametrize("argv", [[], ["frob"], ["--top", "3"], ["inspct", "--help"]])

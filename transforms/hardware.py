@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from transforms.devices import DEVICES, DTYPES
 
 _NATIVE_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """CPU flags, of x86 and Arm, that promise native bfloat16; without one it is emulated, up to 150 times slower."""

@@ -13,6 +13,7 @@ import torch
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from transforms import progress
+from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import (
     BATCHES_PER_GROUP,
     MAX_BATCH_TOKENS,
@@ -20,7 +21,7 @@ from transforms.encoder import (
     EncodedTexts,
     load_tokenizer,
 )
-from transforms.hardware import DEVICES, DTYPES, describe, resolve_device, resolve_dtype
+from transforms.hardware import describe, resolve_device, resolve_dtype
 from transforms.schema import Document, Embedding, Rejected, content_hash, preview
 from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW, groups_by_length
 
