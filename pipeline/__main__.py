@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train the LSTM of a checkpoint",
     "evaluate": "score a checkpoint on pairs of sentences that people rated",
     "benchmark": "measure how fast this machine embeds",
+    "schedule": "print what makes embed run on a schedule: cron, Cloud Scheduler, Airflow, Kubernetes",
     "sample": "write the sample corpus to a file",
 }
 """Modules of this package and what each does."""

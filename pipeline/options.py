@@ -108,6 +108,22 @@ def parse(argv: Sequence[str]) -> EmbedOptions:
         parser.error(str(error))
 
 
+def given_options(argv: Sequence[str]) -> dict[str, str | bool | list[str]]:
+    """Returns the options of `embed` and Beam that are given, by name: text, texts where repeatable, or a switch.
+
+    Args:
+      argv: options that `parse` takes.
+    """
+    given: dict[str, str | bool | list[str]] = {}
+    rest = list(argv)
+    for parser in (_parser(), _beam_parser()):
+        for action in parser._actions:
+            action.default, action.type = argparse.SUPPRESS, None
+        arguments, rest = parser.parse_known_args(rest)
+        given |= vars(arguments)
+    return given
+
+
 def _for_dataflow(options: EmbedOptions, output: str | None) -> EmbedOptions:
     """Returns the options with what Dataflow needs; `output` is the one given."""
     beam_options = dataflow.complete(
@@ -285,8 +301,8 @@ def _add_encoder_options(group: argparse._ArgumentGroup) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="numbers BERT computes in; auto: bfloat16 where the device has it natively, else float16 on a GPU and "
-        "float32 on a CPU; default auto",
+        help="numbers BERT computes in; auto: bfloat16 where the device has it natively and is faster in it, else "
+        "float16 on a GPU and float32 on a CPU; default auto",
     )
     group.add_argument(
         "--device", choices=DEVICES, default="auto", help="cuda fails where there is no GPU; default auto"

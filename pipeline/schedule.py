@@ -1,0 +1,278 @@
+"""Prints what makes `embed` run on a schedule: entries for cron, Cloud Scheduler, Airflow and Kubernetes.
+
+Options of the schedule come first, then the word and the options with which ./launch.sh runs the job:
+schedule --cron '15 3 * * *' --format cron local --input 'corpus/*.jsonl' --output vectors
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import zoneinfo
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import schedule_entries as entries
+from pipeline.cron_expression import check_cron
+from pipeline.options import EmbedOptions, given_options, parse
+from pipeline.template_launch import launch_request
+
+WORDS = ("local", "prism", "flink", "dataflow")
+"""Of `./launch.sh`: `embed` with a runner."""
+
+_IN_PLACE = ("local", "prism")
+"""Those that do the work where they are called; the others ask for it elsewhere."""
+
+
+class _LeftOutError(Exception):
+    """There is no such entry for the options; the message says what it takes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `schedule`."""
+    parser.add_argument(
+        "--cron",
+        type=_cron,
+        default="0 3 * * *",
+        metavar="EXPRESSION",
+        help="minute, hour, day of the month, month, day of the week; default '0 3 * * *', every day at 3:00",
+    )
+    parser.add_argument(
+        "--timezone", type=_timezone, default="Etc/UTC", metavar="NAME", help="Europe/Zurich, say; default Etc/UTC"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("all", *_FORMATS),
+        default="all",
+        help="one entry alone, ready for its file; all: every one that the options allow, and why others are left out; "
+        "default all",
+    )
+    parser.add_argument(
+        "--name", type=_name, default="embed-corpus", help="of the entry and of its jobs; default embed-corpus"
+    )
+    google = parser.add_argument_group("Cloud Scheduler, and Airflow with a Flex Template")
+    google.add_argument(
+        "--template", type=_gs_file, metavar="gs://FILE", help="the Flex Template's file, as it was built"
+    )
+    google.add_argument(
+        "--service_account", metavar="EMAIL", help="in whose name Cloud Scheduler asks Dataflow to start the job"
+    )
+    kubernetes = parser.add_argument_group("Kubernetes")
+    kubernetes.add_argument("--image", help="container image that holds this package, as deploy/Dockerfile makes it")
+    kubernetes.add_argument(
+        "--cpus", type=_quantity, metavar="CORES", help="default 4; 1 for what is computed elsewhere"
+    )
+    kubernetes.add_argument("--memory", type=_quantity, help="default 16Gi; 4Gi for what is computed elsewhere")
+    kubernetes.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="NVIDIA GPUs; default 0")
+    kubernetes.add_argument(
+        "--volume",
+        type=_volume,
+        action="append",
+        default=[],
+        metavar="CLAIM:/FOLDER",
+        help="mount a persistent volume claim; repeatable",
+    )
+    kubernetes.add_argument("--namespace", type=_name, help="default: kubectl's")
+    kubernetes.add_argument("--kubernetes_service_account", type=_name, metavar="NAME", help="default: the namespace's")
+    parser.add_argument("word", choices=WORDS, metavar="WORD", help=f"how the job runs: {', '.join(WORDS)}")
+    parser.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="...", help="its options, as ./launch.sh takes them"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints one entry, or all; returns the exit status: 0, or 2 where the one that was asked for cannot be made."""
+    options = parse([f"--runner={arguments.word}", *arguments.options])
+    if options.dry_run:
+        print("error: --dry_run shows the job and runs nothing: leave it out of a schedule", file=sys.stderr)
+        return 2
+    if arguments.format != "all":
+        try:
+            print(_FORMATS[arguments.format](arguments, options), end="")
+        except (_LeftOutError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+    for name, make in _FORMATS.items():
+        try:
+            print(f"# ---- {name} ----\n{make(arguments, options)}")
+        except (_LeftOutError, ValueError) as error:
+            print(f"# ---- {name}: left out ----\n# {error}\n")
+    return 0
+
+
+# --- Entries ---
+
+
+def _schedule(arguments: argparse.Namespace) -> entries.Schedule:
+    return entries.Schedule(arguments.name, arguments.cron, arguments.timezone)
+
+
+def _command(arguments: argparse.Namespace) -> list[str]:
+    """Returns how the job is run on this machine from any folder."""
+    launcher = Path(__file__).resolve().parent.parent / "launch.sh"
+    if not launcher.is_file():  # Installed, not checked out.
+        launcher = Path(sys.executable).with_name("embed-corpus")
+    return [str(launcher), arguments.word, *arguments.options]
+
+
+def _crontab(arguments: argparse.Namespace, options: EmbedOptions) -> str:
+    machine = entries.Machine(os.getcwd(), os.environ.get("PATH", os.defpath), shutil.which("flock"))
+    return entries.crontab(_schedule(arguments), _command(arguments), machine)
+
+
+def _scheduler_job(arguments: argparse.Namespace, options: EmbedOptions) -> dict[str, Any]:
+    launch = _launch(arguments, options)
+    if not arguments.service_account:
+        raise _LeftOutError(
+            "Cloud Scheduler needs --service_account, the email of an account that may start Dataflow jobs "
+            "(roles/dataflow.developer) and act as their workers' account (roles/iam.serviceAccountUser)"
+        )
+    project, region = _place(arguments)
+    return entries.scheduler_job(_schedule(arguments), project, region, launch, arguments.service_account)
+
+
+def _launch(arguments: argparse.Namespace, options: EmbedOptions) -> dict[str, Any]:
+    if arguments.word != "dataflow" or not arguments.template:
+        raise _LeftOutError("it starts a Flex Template on Dataflow: take the word dataflow, and give --template")
+    return launch_request(_given(arguments), options, arguments.template, arguments.name)
+
+
+def _place(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Returns Dataflow's project and region, without which `parse` has refused the options."""
+    given = _given(arguments)
+    return str(given["project"]), str(given["region"])
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, str | bool | list[str]]:
+    return given_options([f"--runner={arguments.word}", *arguments.options])
+
+
+def _gcloud(arguments: argparse.Namespace, options: EmbedOptions) -> str:
+    return entries.gcloud_command(_scheduler_job(arguments, options))
+
+
+def _scheduler_json(arguments: argparse.Namespace, options: EmbedOptions) -> str:
+    return json.dumps(_scheduler_job(arguments, options), indent=2) + "\n"
+
+
+def _airflow(arguments: argparse.Namespace, options: EmbedOptions) -> str:
+    if arguments.template:
+        project, region = _place(arguments)
+        return entries.airflow_template_dag(_schedule(arguments), project, region, _launch(arguments, options))
+    return entries.airflow_bash_dag(_schedule(arguments), _command(arguments), os.getcwd())
+
+
+def _cron_job(arguments: argparse.Namespace, options: EmbedOptions) -> str:
+    if not arguments.image:
+        raise _LeftOutError("Kubernetes needs --image, the container image that deploy/README.md says how to build")
+    in_place = arguments.word in _IN_PLACE
+    if arguments.gpus and not in_place:
+        raise ValueError(
+            f"--gpus is for {' and '.join(_IN_PLACE)}: {arguments.word} computes elsewhere, where its GPUs are"
+        )
+    volumes = {folder: claim for claim, folder in arguments.volume}
+    if len(volumes) < len(arguments.volume):
+        raise ValueError("two of --volume name the same folder")
+    _check_seen_by_pod(arguments, options, volumes)
+    pod = entries.Pod(
+        image=arguments.image,
+        cpus=arguments.cpus or ("4" if in_place else "1"),
+        memory=arguments.memory or ("16Gi" if in_place else "4Gi"),
+        gpus=arguments.gpus,
+        volumes=volumes,
+        namespace=arguments.namespace,
+        service_account=arguments.kubernetes_service_account,
+    )
+    return entries.cron_job(_schedule(arguments), [arguments.word, *arguments.options], pod)
+
+
+_FORMATS: dict[str, Callable[[argparse.Namespace, EmbedOptions], str]] = {
+    "cron": _crontab,
+    "cloud-scheduler": _gcloud,
+    "cloud-scheduler-json": _scheduler_json,
+    "airflow": _airflow,
+    "kubernetes": _cron_job,
+}
+
+
+def _check_seen_by_pod(arguments: argparse.Namespace, options: EmbedOptions, volumes: Mapping[str, str]) -> None:
+    """Refuses what is on this machine alone.
+
+    Raises:
+      ValueError: a pod would not find a file, or lose what it writes; the message names the option.
+    """
+    given = _given(arguments)
+    paths = [("input", path) for path in options.input] + [("output", options.output)]
+    if not re.fullmatch(r"\w+", options.checkpoint):
+        paths.append(("checkpoint", options.checkpoint))
+    for name, path in paths:
+        if "://" not in path and not any(_is_within(path, folder) for folder in volumes):
+            raise ValueError(
+                f"--{name} {path!r} is no place that a pod sees and keeps: name one on gs://, or in a folder that "
+                "--volume CLAIM:/FOLDER mounts"
+            )
+    for name in given.keys() - vars(options).keys():
+        value = given[name]
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not os.path.isabs(text) and os.path.exists(text):
+                raise ValueError(f"--{name} {text!r} is a file of this machine: name one that the image has")
+    if arguments.word == "dataflow" and not given.keys() & {"sdk_container_image", "extra_packages", "setup_file"}:
+        raise ValueError(
+            "--sdk_container_image is missing: Dataflow's workers get this package from a checkout, and a pod has none"
+        )
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return os.path.isabs(path) and os.path.commonpath([os.path.normpath(path), folder]) == folder
+
+
+# --- Values ---
+
+
+def _cron(text: str) -> str:
+    try:
+        check_cron(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return " ".join(text.split())
+
+
+def _timezone(text: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(text)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time zone: Etc/UTC, Europe/Zurich, America/New_York"
+        ) from error
+    return text
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name that all take: at most 52 lower-case letters, digits and hyphens, a letter first"
+        )
+    return text
+
+
+def _gs_file(text: str) -> str:
+    if not re.fullmatch(r"gs://[^/]+/.+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no gs://BUCKET/FILE")
+    return text
+
+
+def _quantity(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no quantity of Kubernetes: 4, 500m, 16Gi")
+    return text
+
+
+def _volume(text: str) -> tuple[str, str]:
+    claim, _, folder = text.partition(":")
+    if not re.fullmatch(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", claim) or not re.fullmatch(r"(/[^/:]+)+", folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is no CLAIM:/FOLDER, claim:/data say")
+    return claim, folder

@@ -1,0 +1,78 @@
+"""The request that starts a Flex Template on Dataflow, from the options with which `embed` would be run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import dataflow
+from pipeline.options import EmbedOptions
+
+_ENVIRONMENT = {
+    "autoscaling_algorithm": "autoscalingAlgorithm",
+    "dataflow_kms_key": "kmsKeyName",
+    "disk_size_gb": "diskSizeGb",
+    "experiments": "additionalExperiments",
+    "machine_type": "machineType",
+    "max_num_workers": "maxWorkers",
+    "network": "network",
+    "num_workers": "numWorkers",
+    "service_account_email": "serviceAccountEmail",
+    "staging_location": "stagingLocation",
+    "subnetwork": "subnetwork",
+    "temp_location": "tempLocation",
+    "worker_zone": "workerZone",
+}
+"""Options of Beam to fields of the request's environment."""
+
+_PARAMETERS_OF_BEAM = ("dataflow_service_options", "sdk_container_image")
+"""Options of Beam that are parameters of the template, beside all of ours but `_NO_PARAMETERS`."""
+
+_NO_PARAMETERS = ("device", "dry_run")
+
+_NUMBERS = ("diskSizeGb", "maxWorkers", "numWorkers")
+
+
+def launch_request(
+    given: Mapping[str, str | bool | list[str]], options: EmbedOptions, template: str, job_name: str
+) -> dict[str, Any]:
+    """Returns the body of Dataflow's request flexTemplates.launch.
+
+    Args:
+      given: options that were given, as `given_options` returned them.
+      options: the same, as `parse` returned them.
+      template: the template's file on gs://.
+      job_name: Dataflow runs no two jobs of one name at once.
+
+    Raises:
+      ValueError: an option cannot be told to a template.
+    """
+    parameters: dict[str, str] = {"output": options.output}
+    environment: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in ("runner", "project", "region", "bucket", "job_name", "output"):
+            continue  # The request's address, name, or what follows from the bucket.
+        if name in _ENVIRONMENT:
+            field = _ENVIRONMENT[name]
+            environment[field] = int(str(value)) if field in _NUMBERS else value
+        elif name == "use_public_ips":
+            environment["ipConfiguration"] = "WORKER_IP_PUBLIC" if value else "WORKER_IP_PRIVATE"
+        elif name in _PARAMETERS_OF_BEAM or (name in vars(options) and name not in _NO_PARAMETERS):
+            parameters[name] = _parameter(name, value)
+        else:
+            raise ValueError(f"--{name} cannot be told to a template: leave it out, or have launch.sh submit the job")
+    if options.bucket is not None:
+        folder = dataflow.bucket_folder(options.bucket)
+        environment = {"tempLocation": f"{folder}/temp", "stagingLocation": f"{folder}/staging"} | environment
+    launch = {"jobName": job_name, "containerSpecGcsPath": template, "parameters": parameters}
+    return {"launchParameter": launch | ({"environment": environment} if environment else {})}
+
+
+def _parameter(name: str, value: str | bool | list[str]) -> str:
+    """Returns a value as deploy/flex_template/main.py reads it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value
+    for part in value:
+        if "," in part:
+            raise ValueError(f"--{name} {part!r} has a comma in it, which parts the values of a template's parameter")
+    return ",".join(value)

@@ -1,0 +1,634 @@
+"""Entries of every sort, each read back by a parser of its own kind, and run where that can be done here."""
+
+import argparse
+import base64
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from cronsim import CronSim, CronSimError
+from crontab import CronTab
+from embed_runs import counts_of, latest, rows_of
+from google.cloud.dataflow_v1beta3 import LaunchFlexTemplateRequest
+from google.cloud.scheduler_v1 import HttpMethod, Job
+from google.protobuf.json_format import ParseDict, ParseError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pipeline import schedule, schedule_entries, template_launch
+from pipeline.__main__ import RUNNERS, main
+from pipeline.cron_expression import check_cron
+from pipeline.options import given_options, parse
+from pipeline.schedule_entries import Machine, Schedule
+from pipeline.template_launch import launch_request
+from transforms.snapshots import list_published
+
+ROOT = Path(__file__).parent.parent
+DAILY = Schedule("embed-corpus", "15 3 * * *", "Europe/Zurich")
+KUBERNETES = "1.30"
+
+NASTY = [
+    "a b", "100%", r"\%", "$HOME", "$(NAME)", "$$", "`date`", "it's", '"', "\\", "{{ ds }}", "{% raw %}", "{# x #}",
+    "*", "~", "# no", "a;b", "&", "", "ü 東京", "run.sh", "--", "yes", "0x1", "'''", "- a: b",
+]  # fmt: skip
+"""Arguments that one or the other format could take for something else."""
+
+CLOUD = ["dataflow", "--project=my-project", "--region=us-central1", "--bucket=my-bucket", "--input=gs://in/*.jsonl"]
+TEMPLATE = ["--template=gs://my-bucket/templates/embed.json", "--service_account=caller@my-project.iam"]
+
+
+def printed(capsys, *argv: str) -> str:
+    """Runs `schedule`, which must succeed, and returns what it printed."""
+    capsys.readouterr()
+    assert main(["schedule", *argv]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def refusal(capsys, *argv: str) -> str:
+    """Runs `schedule`, which must be refused as wrong usage, and returns the message."""
+    capsys.readouterr()
+    status: Any = None
+    try:
+        status = main(["schedule", *argv])
+    except SystemExit as stopped:
+        status = stopped.code
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    return err.splitlines()[-1].partition("error: ")[2]
+
+
+# --- cron expressions ---
+
+
+def part(lowest: int, highest: int):
+    number = st.integers(lowest, highest)
+    ranges = st.tuples(number, number).map(sorted).map(lambda pair: f"{pair[0]}-{pair[1]}")
+    steps = st.tuples(st.one_of(st.just("*"), ranges), st.integers(1, highest)).map(lambda pair: f"{pair[0]}/{pair[1]}")
+    return st.one_of(st.just("*"), number.map(str), ranges, steps)
+
+
+def field(lowest: int, highest: int):
+    return st.lists(part(lowest, highest), min_size=1, max_size=3).map(",".join)
+
+
+TODAY = datetime(2026, 11, 23)
+EXPRESSIONS = st.tuples(field(0, 59), field(0, 23), field(1, 31), field(1, 12), field(0, 6)).map(" ".join)
+
+
+@settings(deadline=None, max_examples=300)
+@given(EXPRESSIONS)
+@example("0 0 30 2 *")
+@example("0 0 29 2 *")
+@example("0 0 31 4,6,9,11 *")
+@example("*/15 0-6/2 1,15 * *")
+def test_a_checked_expression_is_one_to_a_cron_library_and_comes_true(expression):
+    try:
+        check_cron(expression)
+        told = ""
+    except ValueError as error:
+        told = str(error)
+    try:
+        comes_true = next(CronSim(expression, TODAY)) > TODAY
+    except (CronSimError, StopIteration):
+        comes_true = False
+    assert comes_true == ("never comes true" not in told)
+    assert not told or not comes_true or "disagree" in told
+
+
+@pytest.mark.parametrize(
+    ("expression", "told"),
+    [
+        ("0 3 * *", "has 4 fields, not 5"),
+        ("0 3 * * * *", "has 6 fields, not 5"),
+        ("", "has 0 fields, not 5"),
+        ("@daily", "has 1 fields, not 5"),
+        ("60 3 * * *", "'60' is no minute: it goes from 0 to 59"),
+        ("0 24 * * *", "'24' is no hour: it goes from 0 to 23"),
+        ("0 3 0 * *", "'0' is no day of the month: it goes from 1 to 31"),
+        ("0 3 * 13 *", "'13' is no month: it goes from 1 to 12"),
+        ("0 3 * * 7", "'7' is no day of the week: it goes from 0 to 6; Sunday is 0"),
+        ("0 3 * * MON", "'MON' is no day of the week: write numbers from 0 to 6"),
+        ("0 5-3 * * *", "'5-3' is no hour"),
+        ("5/10 3 * * *", "'5/10' is no minute: write numbers"),
+        ("*/0 3 * * *", "'*/0' is no minute: a step goes from 1 to 59"),
+        ("0, 3 * * *", "'' is no minute"),
+        ("٣ 3 * * *", "'٣' is no minute"),
+        ("0 3 30 2 *", "never comes true: no such month has a day 30"),
+        ("0 3 */2 * 1", "schedulers disagree whether the day must fit '*/2' and '1' or one of them"),
+    ],
+)
+def test_an_expression_that_not_all_schedulers_take_is_refused(expression, told, capsys):
+    assert told in refusal(capsys, f"--cron={expression}", "local")
+
+
+# --- Options ---
+
+
+def test_the_words_are_those_of_the_runners():
+    assert set(schedule.WORDS) == set(RUNNERS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["local", "--inptu=x"], "unknown option --inptu=x; did you mean --input?"),
+        (["local", "--max_tokens=many"], "argument --max_tokens: 'many' is not a whole number"),
+        (["local", "--bucket=b"], "--bucket is for Dataflow"),
+        (["dataflow", "--project=p", "--input=gs://a/b"], "Dataflow needs --region and --bucket"),
+        (["spark"], "argument WORD: invalid choice: 'spark'"),
+        (["local", "--dry_run"], "--dry_run shows the job and runs nothing"),
+        (["--timezone=Mars/Phobos", "local"], "'Mars/Phobos' is no time zone"),
+        (["--timezone=../x", "local"], "'../x' is no time zone"),
+        (["--name=Nightly", "local"], "'Nightly' is no name that all take"),
+        (["--volume=/data", "local"], "'/data' is no CLAIM:/FOLDER"),
+        (["--memory=lots", "local"], "'lots' is no quantity of Kubernetes"),
+        (["--template=t.json", "local"], "'t.json' is no gs://BUCKET/FILE"),
+        (["--format=cloud-scheduler", "local"], "it starts a Flex Template on Dataflow"),
+        (["--format=cloud-scheduler", *CLOUD], "it starts a Flex Template on Dataflow"),
+        (["--format=cloud-scheduler", TEMPLATE[0], *CLOUD], "Cloud Scheduler needs --service_account"),
+        (["--format=kubernetes", "local"], "Kubernetes needs --image"),
+        (["--format=cron", "local", "--id_field=a\nb"], "a line break in it, which a crontab cannot hold"),
+        (["--format=cron", "local", f"--input={'x' * 1000}"], "put it into a script, and schedule that"),
+        (
+            ["--format=airflow", TEMPLATE[0], *CLOUD, "--dataflow_endpoint=http://localhost:1"],
+            "--dataflow_endpoint cannot be told to a template",
+        ),
+        (["--format=airflow", TEMPLATE[0], *CLOUD, "--device=cpu"], "--device cannot be told to a template"),
+        (["--format=airflow", TEMPLATE[0], *CLOUD, "--text_field=a,b"], "--text_field 'a,b' has a comma in it"),
+    ],
+)
+def test_what_would_fail_in_the_night_fails_now(argv, told, capsys):
+    assert told in refusal(capsys, *argv)
+
+
+def test_all_prints_what_the_options_allow_and_why_the_rest_is_missing(capsys):
+    out = printed(capsys, "local", "--output=/data/vectors")
+    assert re.findall(r"^# ---- (.*) ----$", out, re.MULTILINE) == [
+        "cron", "cloud-scheduler: left out", "cloud-scheduler-json: left out", "airflow", "kubernetes: left out",
+    ]  # fmt: skip
+    assert "# it starts a Flex Template on Dataflow" in out
+    out = printed(capsys, *TEMPLATE, "--image=i", *CLOUD, "--sdk_container_image=i")
+    assert ": left out" not in out
+    for name in schedule._FORMATS:
+        entry = printed(capsys, f"--format={name}", *TEMPLATE, "--image=i", *CLOUD, "--sdk_container_image=i")
+        assert f"# ---- {name} ----\n{entry}\n" in out
+
+
+# --- cron ---
+
+
+@pytest.fixture
+def launcher(tmp_path) -> Path:
+    """A program that writes its arguments, each with a null character after it, and where it is."""
+    path = tmp_path / "a folder's % launch.sh"
+    path.write_text('#!/bin/sh\nfor word; do printf "%s\\0" "$word"; done\nprintf "%s\\0%s" "$PWD" "$PATH"\n')
+    path.chmod(0o755)
+    return path
+
+
+def cron_command(text: str) -> tuple[str, dict[str, str]]:
+    """Returns the command of a crontab's only entry as cron hands it to the shell, and the variables set before it."""
+    [job] = CronTab(tab=text)
+    assert job.is_valid()
+    assert str(job.slices) == DAILY.cron
+    *settings, line = [line for line in text.splitlines() if not line.startswith("#")]
+    command = line.split(" ", 5)[5]
+    assert "%" not in command.replace(r"\%", "")  # It would end the command.
+    return command.replace(r"\%", "%"), dict(setting.split("=", 1) for setting in settings)
+
+
+def run_as_cron(command: str, variables: dict[str, str]) -> subprocess.CompletedProcess:
+    """Runs a command as cron does: from the home folder, with little else in the environment."""
+    environment = {"HOME": "/", "LOGNAME": "root"} | variables
+    return subprocess.run(
+        [variables["SHELL"], "-c", command], env=environment, cwd="/", capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("flock", [None, shutil.which("flock")])
+def test_a_crontab_runs_the_very_command(tmp_path, launcher, flock):
+    folder = tmp_path / "the folder's 5%"
+    folder.mkdir()
+    machine = Machine(str(folder), "/usr/bin:/bin:/opt/java bin", flock)
+    command, variables = cron_command(schedule_entries.crontab(DAILY, [str(launcher), "local", *NASTY], machine))
+    assert variables == {"SHELL": "/bin/sh", "PATH": machine.path, "CRON_TZ": "Europe/Zurich"}
+    done = run_as_cron(command, variables)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    log = (folder / "embed-corpus.log").read_text()
+    words = ["local", *NASTY, str(folder), machine.path]
+    assert log == "\0".join(words)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\n\r"), max_size=10), max_size=5))
+def test_no_argument_is_too_odd_for_a_crontab(tmp_path_factory, arguments):
+    folder = tmp_path_factory.mktemp("cron")
+    machine = Machine(str(folder), "/usr/bin:/bin", None)
+    text = schedule_entries.crontab(DAILY, ["/usr/bin/printf", r"<%s>", *arguments], machine)
+    line = next(line for line in text.split("\n") if line.startswith(DAILY.cron))
+    done = run_as_cron(line.split(" ", 5)[5].replace(r"\%", "%"), {"SHELL": "/bin/sh", "PATH": machine.path})
+    assert done.returncode == 0
+    log = (folder / "embed-corpus.log").read_bytes().decode()
+    assert log == "".join(f"<{argument}>" for argument in arguments) or (not arguments and log == "<>")
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock on this machine")
+def test_while_a_run_goes_on_cron_starts_no_other(tmp_path):
+    slow = tmp_path / "launch.sh"
+    slow.write_text("#!/bin/sh\necho started\nread line <going-on\necho ended\n")
+    slow.chmod(0o755)
+    os.mkfifo(tmp_path / "going-on")
+    machine = Machine(str(tmp_path), "/usr/bin:/bin", shutil.which("flock"))
+    command, variables = cron_command(schedule_entries.crontab(DAILY, [str(slow)], machine))
+    first = subprocess.Popen([variables["SHELL"], "-c", command], env=variables, cwd="/")
+    with open(tmp_path / "going-on", "w"):  # Opens once the first run reads it.
+        assert run_as_cron(command, variables).returncode == 75
+    assert first.wait(timeout=60) == 0
+    log = (tmp_path / "embed-corpus.log").read_text()
+    assert log == "started\nleft out: an earlier run still goes on\nended\n"
+
+
+def test_the_command_prints_a_crontab_for_where_one_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/opt/java/bin:/usr/bin")
+    options = ["local", "--input=corpus/*.jsonl", "--output", "vectors", "--id_field=100%"]
+    text = printed(capsys, "--format=cron", "--cron= 15 3 * * *", "--timezone=Europe/Zurich", *options)
+    command, variables = cron_command(text)
+    assert variables["PATH"] == "/opt/java/bin:/usr/bin"
+    words = shlex.split(command)
+    assert words[:3] == ["cd", str(tmp_path), "&&"]
+    start = words.index(str(ROOT / "launch.sh"))
+    assert words[start + 1 : start + 1 + len(options)] == options
+    assert words[-3:] == [">>", f"{tmp_path}/embed-corpus.log", "2>&1"]
+    assert os.access(ROOT / "launch.sh", os.X_OK)
+
+
+WAITING_RUN = """\
+import os, sys, time
+from pathlib import Path
+from pipeline.__main__ import main
+from transforms import reconcile
+
+publish = reconcile.publish
+folder = Path.cwd()
+
+def publish_together(*arguments):
+    (folder / f"there-{os.getpid()}").touch()
+    until = time.monotonic() + 120
+    while len(list(folder.glob("there-*"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    return publish(*arguments)
+
+reconcile.publish = publish_together
+sys.exit(main(sys.argv[1:]))
+"""
+"""Runs a command that waits, before it publishes, until another one is as far."""
+
+
+@pytest.mark.slow
+def test_of_two_scheduled_runs_at_once_one_publishes_and_the_other_says_so(tmp_path, tiny_checkpoint):
+    (tmp_path / "corpus.txt").write_text("read the file\nwrite the archive\nred green blue\n")
+    (tmp_path / "waiting_run.py").write_text(WAITING_RUN)
+    launcher = tmp_path / "launch.sh"
+    launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" waiting_run.py "$@"\n')
+    launcher.chmod(0o755)
+    options = ["local", "--device=cpu", "--dtype=float32", "--input=corpus.txt", f"--checkpoint={tiny_checkpoint}"]
+    machine = Machine(str(tmp_path), os.environ["PATH"], None)
+    command, variables = cron_command(schedule_entries.crontab(DAILY, [str(launcher), *options], machine))
+    variables |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    runs = [subprocess.Popen([variables["SHELL"], "-c", command], env=variables, cwd="/") for _ in range(2)]
+    assert sorted(run.wait(timeout=240) for run in runs) == [0, 1]
+
+    snapshot = latest(tmp_path / "output")
+    log = (tmp_path / "embed-corpus.log").read_text()
+    assert log.count("published  snapshot=") == 1
+    assert f"published  snapshot={snapshot.name}" in log
+    [told] = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert told.startswith(f"error: another run published snapshot {snapshot.name} into output while this one was at")
+    assert told.endswith("Run it again; it will encode only what that snapshot lacks")
+    assert len(rows_of(snapshot)) == 3
+    assert counts_of(snapshot) == {"read": 3, "embedded": 3, "texts_encoded": 3}
+    assert list_published(str(tmp_path / "output")) == [snapshot.name]
+
+
+# --- Cloud Scheduler ---
+
+
+EVERYTHING = [
+    *CLOUD,
+    "--input", "gs://in/b", "gs://in/c", "--text_field=title", "--text_field=body", "--dataflow_service_options=a=b",
+    "--keep_fields=a,b:int64", "--id_field=it's 100%", "--full", "--max_rejected_fraction=0.5",
+    "--gpu=nvidia-l4", "--sdk_container_image=us-docker.pkg.dev/my-project/images/embed:1", "--num_workers=2",
+    "--max_num_workers=20", "--service_account_email=worker@my-project.iam", "--no_use_public_ips",
+    "--subnetwork=regions/us-central1/subnetworks/default", "--experiments=use_runner_v2", "--staging_location=gs://s/t",
+]  # fmt: skip
+
+LAUNCH = {
+    "launchParameter": {
+        "jobName": "nightly",
+        "containerSpecGcsPath": "gs://my-bucket/templates/embed.json",
+        "parameters": {
+            "input": "gs://in/*.jsonl,gs://in/b,gs://in/c",
+            "output": "gs://my-bucket/output",
+            "text_field": "title,body",
+            "keep_fields": "a,b:int64",
+            "id_field": "it's 100%",
+            "full": "true",
+            "max_rejected_fraction": "0.5",
+            "gpu": "nvidia-l4",
+            "sdk_container_image": "us-docker.pkg.dev/my-project/images/embed:1",
+            "dataflow_service_options": "a=b",
+        },
+        "environment": {
+            "tempLocation": "gs://my-bucket/temp",
+            "stagingLocation": "gs://s/t",
+            "numWorkers": 2,
+            "maxWorkers": 20,
+            "serviceAccountEmail": "worker@my-project.iam",
+            "ipConfiguration": "WORKER_IP_PRIVATE",
+            "subnetwork": "regions/us-central1/subnetworks/default",
+            "additionalExperiments": ["use_runner_v2"],
+        },
+    }
+}
+
+
+PARAMETERS = {
+    parameter["name"]: parameter
+    for parameter in json.loads((ROOT / "deploy" / "flex_template" / "metadata.json").read_text())["parameters"]
+}
+
+
+def check_launch(body: dict[str, Any], project: str, region: str) -> None:
+    """Checks a request by the types of Google's own library and the template's metadata, as Dataflow does."""
+    values = body["launchParameter"].get("parameters", {})
+    for name, value in values.items():
+        assert all(re.fullmatch(regex, value) for regex in PARAMETERS[name].get("regexes", [])), name
+    assert all(name in values for name, parameter in PARAMETERS.items() if not parameter["isOptional"])
+    request = {"projectId": project, "location": region, **body}
+    ParseDict(request, LaunchFlexTemplateRequest.pb(LaunchFlexTemplateRequest()))
+
+
+def test_cloud_scheduler_starts_the_template_with_the_options(capsys):
+    job = json.loads(
+        printed(
+            capsys, "--format=cloud-scheduler-json", "--name=nightly", "--cron=15 3 * * *",
+            "--timezone=Europe/Zurich", *TEMPLATE, *EVERYTHING,
+        )
+    )  # fmt: skip
+    read = Job(ParseDict(job, Job.pb(Job())))
+    assert read.name == "projects/my-project/locations/us-central1/jobs/nightly"
+    assert (read.schedule, read.time_zone) == ("15 3 * * *", "Europe/Zurich")
+    target = read.http_target
+    assert target.uri == (
+        "https://dataflow.googleapis.com/v1b3/projects/my-project/locations/us-central1/flexTemplates:launch"
+    )
+    assert (target.http_method, dict(target.headers)) == (HttpMethod.POST, {"Content-Type": "application/json"})
+    assert target.oauth_token.service_account_email == "caller@my-project.iam"
+    assert target.oauth_token.scope == "https://www.googleapis.com/auth/cloud-platform"
+    assert read.attempt_deadline.seconds == 180
+    body = json.loads(target.body)
+    assert body == LAUNCH
+    check_launch(body, "my-project", "us-central1")
+
+
+def test_the_gcloud_command_creates_the_same_job(capsys):
+    options = [*TEMPLATE, *EVERYTHING]
+    job = json.loads(printed(capsys, "--format=cloud-scheduler-json", *options))
+    command = printed(capsys, "--format=cloud-scheduler", *options)
+    # Everything after the shell has read it: line breaks within the body stay, those between options do not.
+    words = subprocess.run(
+        ["sh", "-c", f'gcloud() {{ for word; do printf "%s\\0" "$word"; done; }}\n{command}'],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout.split("\0")[:-1]  # fmt: skip
+    assert words[:4] == ["scheduler", "jobs", "create", "http"]
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("job")
+    names = (  # Those of `gcloud scheduler jobs create http`.
+        "project", "location", "description", "schedule", "time-zone", "uri", "http-method", "headers", "message-body",
+        "oauth-service-account-email", "oauth-token-scope", "attempt-deadline", "max-retry-attempts", "min-backoff",
+    )  # fmt: skip
+    for name in names:
+        parser.add_argument(f"--{name}", required=True)
+    read = parser.parse_args(words[4:])
+    target = job["httpTarget"]
+    assert json.loads(read.message_body) == json.loads(base64.b64decode(target["body"]))
+    assert job["name"] == f"projects/{read.project}/locations/{read.location}/jobs/{read.job}"
+    assert (read.schedule, read.time_zone, read.uri) == (job["schedule"], job["timeZone"], target["uri"])
+    assert (read.http_method, read.headers) == ("POST", "Content-Type=application/json")
+    assert target["oauthToken"] == {
+        "serviceAccountEmail": read.oauth_service_account_email,
+        "scope": read.oauth_token_scope,
+    }
+    assert job["retryConfig"] == {"retryCount": int(read.max_retry_attempts), "minBackoffDuration": read.min_backoff}
+    assert read.attempt_deadline == job["attemptDeadline"]
+
+
+def test_a_misspelt_field_of_a_request_is_found():
+    launch = {"containerSpecPath": "gs://a/b", "parameters": {"output": "gs://a/b"}}
+    with pytest.raises(ParseError, match="containerSpecPath"):
+        check_launch({"launchParameter": launch}, "p", "r")
+
+
+def test_every_parameter_of_the_template_can_be_scheduled():
+    options = vars(parse(["--runner=local"])).keys() - {"runner", "bucket", "beam_options"}
+    assert {*options, *template_launch._PARAMETERS_OF_BEAM} - {*template_launch._NO_PARAMETERS} == PARAMETERS.keys()
+
+
+def test_the_templates_program_gets_the_very_options():
+    main_py = runpy.run_path(str(ROOT / "deploy" / "flex_template" / "main.py"))
+    launch = launch_request(
+        given_options(EVERYTHING[1:]), parse([f"--runner={EVERYTHING[0]}", *EVERYTHING[1:]]), "", ""
+    )
+    parameters = launch["launchParameter"]["parameters"]
+    words = main_py["options_of"]([f"--{name}={value}" for name, value in parameters.items()], "")
+    got = given_options(words)
+    sent = given_options(EVERYTHING[1:])
+    assert got.pop("output") == "gs://my-bucket/output"
+    assert {name: sent[name] for name in got.keys() - {"runner"}} == {
+        name: value for name, value in got.items() if name != "runner"
+    }
+    assert got.keys() == parameters.keys() - {"output"} | {"runner"}
+
+
+# --- Airflow ---
+
+AIRFLOW = ["apache-airflow-core==3.3.2", "apache-airflow-task-sdk==1.3.2", "apache-airflow-providers-standard==1.21.0"]
+AIRFLOW_DAY = "2026-11-20T00:00:00Z"
+"""What Airflow needs is taken as it was then."""
+
+RUN_DAGS = """\
+import json, sys, types
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import BaseOperator
+
+class DataflowStartFlexTemplateOperator(BaseOperator):
+    template_fields = ("body", "location", "project_id")
+
+    def __init__(self, body, location, project_id, append_job_name=True, **kwargs):
+        super().__init__(**kwargs)
+        self.body, self.location, self.project_id, self.append_job_name = body, location, project_id, append_job_name
+
+    def execute(self, context):
+        return [self.project_id, self.location, self.append_job_name, self.body]
+
+# The Google provider's, which would bring 1.2 GB with it.
+module = types.ModuleType("airflow.providers.google.cloud.operators.dataflow")
+module.DataflowStartFlexTemplateOperator = DataflowStartFlexTemplateOperator
+sys.modules[module.__name__] = module
+
+found = {}
+for path in sys.argv[2:]:
+    bag = DagBag(path)
+    assert not bag.import_errors, bag.import_errors
+    [dag] = bag.dags.values()
+    [task] = dag.tasks
+    task.render_template_fields({"ds": "RENDERED", "params": {}})
+    found[path] = {
+        "dag": [dag.dag_id, dag.schedule, dag.timezone.name, dag.catchup, dag.max_active_runs],
+        "task": [task.task_id, type(task).__name__, task.retries],
+        "result": task.execute({}),
+    }
+with open(sys.argv[1], "w") as file:
+    json.dump(found, file)
+"""
+"""Loads files as Airflow's scheduler does, and runs the task of each; what came of it goes into the first file."""
+
+
+@pytest.fixture(scope="module")
+def airflow_python() -> Path:
+    """A Python with Airflow, of its own: Airflow's packages and Beam's do not agree."""
+    version = AIRFLOW[0].rpartition("=")[2]
+    folder = ROOT / ".cache" / f"airflow-{version}-python{sys.version_info[0]}.{sys.version_info[1]}"
+    if not folder.is_dir():
+        uv = next(filter(None, (shutil.which("uv"), *map(str, (ROOT / ".cache").glob("uv-*/bin/uv")))), None)
+        if uv is None:
+            pytest.skip("there is no uv, which fetches Airflow")
+        new = f"{folder}.{os.getpid()}"
+        install = [uv, "pip", "install", "--quiet", "--exclude-newer", AIRFLOW_DAY, "--python", new, *AIRFLOW]
+        for command in ([uv, "venv", "--quiet", "--relocatable", "--python", sys.executable, new], install):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+            if done.returncode:
+                shutil.rmtree(new, ignore_errors=True)
+                pytest.skip(f"Airflow could not be fetched: {done.stderr.strip()}")
+        os.rename(new, folder)
+    return folder / "bin" / "python"
+
+
+def test_airflow_runs_the_very_command_and_starts_the_template(tmp_path, launcher, airflow_python, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(schedule, "_command", lambda arguments: [str(launcher), arguments.word, *arguments.options])
+    when = ["--name=nightly", "--cron=15 3 * * *", "--timezone=Europe/Zurich", "--format=airflow"]
+    odd = [word for argument in NASTY for word in ("--text_field", argument) if argument != "--"]
+    bash, template = tmp_path / "bash_dag.py", tmp_path / "template_dag.py"
+    bash.write_text(printed(capsys, *when, "local", *odd, "--output=run.sh"))
+    template.write_text(printed(capsys, *when, *TEMPLATE, *EVERYTHING, "--checkpoint=gs://b/{{ ds }}"))
+
+    results = tmp_path / "results.json"
+    environment = os.environ | {"AIRFLOW_HOME": str(tmp_path / "home"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
+    done = subprocess.run(
+        [str(airflow_python), "-c", RUN_DAGS, str(results), str(bash), str(template)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(results.read_text())
+    for path in (bash, template):
+        assert found[str(path)]["dag"] == ["nightly", "15 3 * * *", "Europe/Zurich", False, 1]
+    assert found[str(bash)]["task"] == ["embed", "BashOperator", 1]
+    assert found[str(template)]["task"] == ["embed", "DataflowStartFlexTemplateOperator", 1]
+    words = found[str(bash)]["result"].split("\0")
+    assert words[:-1] == ["local", *odd, "--output=run.sh", str(tmp_path)]
+    *place, body = found[str(template)]["result"]
+    assert place == ["my-project", "us-central1", False]
+    assert body["launchParameter"]["parameters"]["checkpoint"] == "gs://b/{{ ds }}"
+    check_launch(body, "my-project", "us-central1")
+
+
+# --- Kubernetes ---
+
+
+def expanded(text: str) -> str:
+    """What Kubernetes makes of an argument where no variable is set: $$ is a dollar sign, $(NAME) stays as it is."""
+    return re.sub(r"\$(\$|\([^)]*\))?", lambda match: "$" if match[1] == "$" else match[0], text)
+
+
+def test_a_cron_job_runs_the_very_options_in_a_pod(capsys):
+    odd = [word for argument in NASTY for word in ("--text_field", argument) if argument != "--"]
+    options = ["--input=gs://in/*.jsonl", "--output", "/data/vectors", *odd]
+    text = printed(
+        capsys, "--format=kubernetes", "--name=nightly", "--cron=15 3 * * *", "--timezone=Europe/Zurich",
+        "--image=registry.example/embed:1", "--gpus=1", "--cpus=8", "--memory=32Gi", "--volume=vectors:/data",
+        "--namespace=embeddings", "--kubernetes_service_account=embed", "local", *options,
+    )  # fmt: skip
+    manifest = yaml.safe_load(text)
+    assert kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    labels = {"app.kubernetes.io/name": "embed-corpus", "app.kubernetes.io/instance": "nightly"}
+    assert manifest["metadata"] == {"name": "nightly", "labels": labels, "namespace": "embeddings"}
+    spec = manifest["spec"]
+    assert (spec["schedule"], spec["timeZone"]) == ("15 3 * * *", "Europe/Zurich")
+    assert spec["concurrencyPolicy"] == "Forbid"
+    pod = spec["jobTemplate"]["spec"]["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert pod["serviceAccountName"] == "embed"
+    [container] = pod["containers"]
+    assert container["image"] == "registry.example/embed:1"
+    assert container["command"] == ["python", "-m", "pipeline"]
+    assert [expanded(argument) for argument in container["args"]] == ["local", *options]
+    assert container["resources"] == {
+        "requests": {"cpu": "8", "memory": "32Gi"},
+        "limits": {"memory": "32Gi", "nvidia.com/gpu": 1},
+    }
+    [mount], [volume] = container["volumeMounts"], pod["volumes"]
+    assert mount == {"name": volume["name"], "mountPath": "/data"}
+    assert volume["persistentVolumeClaim"] == {"claimName": "vectors"}
+
+
+def test_what_computes_elsewhere_asks_for_a_small_pod(capsys):
+    flink = ["flink", "--flink_master=flink-rest:8081", "--artifacts_dir=gs://b/a", "--input=gs://a/b"]
+    for options in ([*CLOUD, "--sdk_container_image=i"], [*flink, "--output=gs://b/o"]):
+        manifest = yaml.safe_load(printed(capsys, "--format=kubernetes", "--image=i", *options))
+        assert kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        pod = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+        assert pod["containers"][0]["resources"] == {
+            "requests": {"cpu": "1", "memory": "4Gi"},
+            "limits": {"memory": "4Gi"},
+        }
+        assert pod.keys() == {"restartPolicy", "containers"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["local"], "--output 'output' is no place that a pod sees and keeps"),
+        (["local", "--output=/elsewhere/x"], "--output '/elsewhere/x' is no place"),
+        (["local", "--output=/data/../x"], "--output '/data/../x' is no place"),
+        (["local", "--output=gs://b/o", "--input=corpus/*.txt"], "--input 'corpus/*.txt' is no place"),
+        (["local", "--output=gs://b/o", "--checkpoint=./mine"], "--checkpoint './mine' is no place"),
+        (["--gpus=1", *CLOUD], "--gpus is for local and prism: dataflow computes elsewhere"),
+        (CLOUD, "--sdk_container_image is missing"),
+        (["--volume=other:/data", "local", "--output=/data"], "two of --volume name the same folder"),
+    ],
+)
+def test_what_a_pod_would_not_find_is_refused(options, told, capsys):
+    assert told in refusal(capsys, "--format=kubernetes", "--image=i", "--volume=vectors:/data", *options)
+
+
+def test_a_file_of_this_machine_is_refused_for_a_pod(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "server.jar").touch()
+    options = ["flink", "--flink_job_server_jar=server.jar", "--output=gs://b/o", "--input=gs://a/b"]
+    message = refusal(capsys, "--format=kubernetes", "--image=i", *options)
+    assert message == "--flink_job_server_jar 'server.jar' is a file of this machine: name one that the image has"
