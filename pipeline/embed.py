@@ -38,6 +38,7 @@ from transforms.reconcile import REPORT_FILE, Run
 from transforms.schema import output_schema
 from transforms.snapshots import (
     MANIFEST_FILE,
+    DamagedSnapshotError,
     Snapshot,
     SnapshotError,
     check_shards,
@@ -137,7 +138,7 @@ def plan(options: EmbedOptions) -> Job:
     )
     schema = output_schema(inputs.kept_fields, {f"encoder.{name}": str(value) for name, value in encoder.items()})
     token = latest_version(options.output)
-    latest = None if options.full else _latest(options.output)
+    latest = _latest(options.output, options.full)
     found_work = list_work(options.output)
     versions = _versions()
     name = claim(options.output, datetime.fromtimestamp(started, timezone.utc), token)
@@ -155,7 +156,7 @@ def plan(options: EmbedOptions) -> Job:
         keep_snapshots=options.keep_snapshots,
         # A living run's work is left to it: it may still publish, or the run after it take it up.
         finished_work=[*(run for run in found_work if not is_running(options.output, run)), name],
-        seconds_per_token=latest.manifest.get("seconds_per_token") if latest else None,
+        seconds_per_token=latest.manifest.get("seconds_per_token") if latest and not options.full else None,
     )
     return Job(
         run=run,
@@ -170,7 +171,7 @@ def plan(options: EmbedOptions) -> Job:
         max_batch_tokens=options.max_batch_tokens,
         num_threads=_threads_per_process(options),
         previous_shards=latest.shard_paths if latest else [],
-        previous_encoder=latest.fingerprint if latest else None,
+        previous_encoder=latest.fingerprint if latest and not options.full else None,
         unfinished=[] if options.full else found_work,
         beam_options=options.beam_options,
         encoder_hints=dataflow.encoder_hints(options.gpu, options.gpu_everywhere),
@@ -201,9 +202,15 @@ def describe_encoder(checkpoint: str, max_tokens: int | None) -> dict[str, Any]:
     return {"checkpoint": checkpoint, **describe_checkpoint(checkpoint, max_tokens)._asdict()}
 
 
-def _latest(output: str) -> Snapshot | None:
-    latest = read_latest(output)
-    if latest is not None:
+def _latest(output: str, is_full: bool) -> Snapshot | None:
+    """Returns the last snapshot; None where there is none, or where it is damaged and a full run does without it."""
+    try:
+        latest = read_latest(output)
+    except DamagedSnapshotError:
+        if is_full:
+            return None
+        raise
+    if latest is not None and not is_full:
         check_shards(latest)
     return latest
 

@@ -40,8 +40,9 @@ class Job:
       dtype: its number type.
       max_batch_tokens: padded area of a batch; by device where None.
       num_threads: CPU threads of the encoder in each process; all cores where None.
-      previous_shards: of the last snapshot; none where there is none, or where it is ignored.
-      previous_encoder: fingerprint of the last snapshot; None where there is none.
+      previous_shards: of the last snapshot; none where there is none.
+      previous_encoder: fingerprint of the last snapshot; None where its vectors are ignored: then only its ids are
+        read, to count the deleted ones, and shards that cannot be read are skipped.
       unfinished: names of the runs whose saved work is taken up.
       beam_options: of Beam and the runner.
       encoder_hints: Beam's resource hints for the step that runs the model.
@@ -78,6 +79,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         job.previous_encoder == job.fingerprint,
         [work_folder(job.run.output, name) for name in job.unfinished],
         job.fingerprint,
+        skip_damaged=job.previous_encoder is None,
     )
     references, texts = documents | "SplitOffTexts" >> SplitOffTexts()
     winners, duplicates, repeated, deleted = (

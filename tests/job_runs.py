@@ -51,7 +51,7 @@ def make_job(
     started = time.time()
     encoder = describe_encoder(checkpoint, max_tokens)
     token = latest_version(output)
-    latest = None if full else read_latest(output)
+    latest = read_latest(output)
     if latest is not None:
         check_shards(latest)
     unfinished = [] if full else list_work(output)
@@ -75,7 +75,7 @@ def make_job(
         max_batch_tokens=None,
         num_threads=None,
         previous_shards=latest.shard_paths if latest else [],
-        previous_encoder=latest.fingerprint if latest else None,
+        previous_encoder=latest.fingerprint if latest and not full else None,
         unfinished=unfinished,
     )
 

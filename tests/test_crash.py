@@ -331,5 +331,6 @@ def test_a_damaged_last_snapshot_is_named_and_a_full_run_goes_on_without_it(outp
     assert contents_of(output) == damaged
 
     assert embed(*corpus, "--full", output=output) == PUBLISHED
-    assert counts_of(latest(output)) == {"read": 5, "embedded": 5, "texts_encoded": 5}
+    deleted = {"deleted": 3} if damage == "flipped bit" else {}  # It spares the ids, which alone are read here.
+    assert counts_of(latest(output)) == {"read": 5, "embedded": 5, "texts_encoded": 5} | deleted
     check_shards(latest(output))

@@ -210,11 +210,12 @@ def test_another_encoder_encodes_everything_anew(tmp_path, tiny_checkpoint):
     assert {id_: row["truncated"] for id_, row in published_rows(str(tmp_path)).items()} == {"a": True, "b": False}
 
 
-def test_full_ignores_the_past(tmp_path, tiny_checkpoint):
+def test_full_ignores_the_past_but_knows_what_was_deleted(tmp_path, tiny_checkpoint):
     documents = documents_of({"a": "read", "b": "write"})
     run_job(make_job(str(tmp_path), tiny_checkpoint, documents))
     manifest = run_job(make_job(str(tmp_path), tiny_checkpoint, documents[:1], full=True))
-    assert counts(manifest) == {"read": 1, "embedded": 1, "texts_encoded": 1}
+    assert counts(manifest) == {"read": 1, "embedded": 1, "deleted": 1, "texts_encoded": 1}
+    assert manifest["seconds_saved"] == 0
 
 
 def test_a_text_that_cannot_be_encoded_is_rejected_for_each_of_its_ids(tmp_path, tiny_checkpoint):

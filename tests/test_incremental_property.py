@@ -174,7 +174,7 @@ class Expected:
             "reused": reused,
             "recovered": recovered,
             "rejected": len(step.corpus) - len(usable),
-            "deleted": len(self.ids - set(winners)) if not step.full else 0,
+            "deleted": len(self.ids - set(winners)),
             "texts_encoded": len(set(hashes.values()) - set(held) - set(saved)),
         }
         assert manifest["rejected_by_reason"] == Counter(

@@ -356,6 +356,16 @@ def test_a_shard_that_is_cut_or_gone_is_named(shard_paths):
         list(known_vectors._ReadShard(FINGERPRINT).process(shard_paths[1]))
 
 
+def test_where_only_ids_matter_a_damaged_shard_may_be_skipped(shard_paths):
+    ids = [row.id for row in SHARDS[1]]
+    path = Path(shard_paths[0])
+    path.write_bytes(path.read_bytes()[:-100])
+    with Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
+        found, known = pipeline | ReadKnownVectors(shard_paths, False, [], FINGERPRINT, skip_damaged=True)
+        assert_that(found, equal_to([(id_, PREVIOUS) for id_ in ids]), label="ids")
+        assert_that(known, equal_to([]), label="vectors")
+
+
 def test_a_damaged_shard_fails_the_pipeline_with_its_name(shard_paths):
     Path(shard_paths[0]).write_bytes(parquet_bytes(table(SHARDS[0]).drop_columns(["embedding"])))
     with pytest.raises(Exception, match=f"{shard_paths[0]} .*has another schema.* --full"):

@@ -5,6 +5,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -151,14 +152,25 @@ def _known(batch: Any, fingerprint: str, origin: str, seen: set[str]):
 
 
 class _ReadShard(beam.DoFn):
-    """Path of a shard to (id, PREVIOUS), and, where the encoder is the same, (content hash, packed KnownVector)."""
+    """Path of a shard to (id, PREVIOUS), and, where the encoder is the same, (content hash, packed KnownVector).
+
+    Where damaged shards are skipped, a shard gives everything or nothing.
+    """
 
     VECTORS = "vectors"
 
-    def __init__(self, fingerprint: str | None):
+    def __init__(self, fingerprint: str | None, skip_damaged: bool = False):
         self._fingerprint = fingerprint
+        self._skip_damaged = skip_damaged
 
     def process(self, path: str):
+        if self._skip_damaged:
+            with suppress(DamagedSnapshotError):
+                yield from list(self._read(path))
+        else:
+            yield from self._read(path)
+
+    def _read(self, path: str):
         seen: set[str] = set()  # At most as many as a shard has rows.
         columns = ["id"] if self._fingerprint is None else FIXED_COLUMNS.names
         for batch in read_shard(path, columns):
@@ -216,12 +228,14 @@ class ReadKnownVectors(beam.PTransform):
       same_encoder: whether the last snapshot's vectors are of this encoder.
       work_folders: of unfinished runs.
       fingerprint: of this encoder.
+      skip_damaged: whether shards that cannot be read are no error, as where only their ids are of interest.
     """
 
     shard_paths: Sequence[str]
     same_encoder: bool
     work_folders: Sequence[str]
     fingerprint: str
+    skip_damaged: bool = False
 
     def expand(self, pipeline):
         """Wires the reading of shards and of work, spread over the workers."""
@@ -230,7 +244,7 @@ class ReadKnownVectors(beam.PTransform):
             | "ShardPaths" >> beam.Create(list(self.shard_paths), reshuffle=False)
             | "SpreadShards" >> beam.Reshuffle()
             | "ReadShard"
-            >> beam.ParDo(_ReadShard(self.fingerprint if self.same_encoder else None)).with_outputs(
+            >> beam.ParDo(_ReadShard(self.fingerprint if self.same_encoder else None, self.skip_damaged)).with_outputs(
                 _ReadShard.VECTORS, main="ids"
             )
         )
