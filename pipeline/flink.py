@@ -29,6 +29,8 @@ BUILT_JAR = ".cache/flink/job-server/*job-server*.jar"
 _DEFAULTS = {
     # One process for each TaskManager and its GPU: all its slots share the model.
     "sdk_worker_parallelism": "1",
+    # It lives on from one phase of the job to the next, where the cluster allows it: see deploy/flink/README.md.
+    "environment_cache_millis": "60000",
     # A bundle must hold many batches, which end with it; Flink 1.19 makes one bundle of a whole partition anyway.
     "max_bundle_size": "1000000",
     "max_bundle_time_mills": "60000",

@@ -27,9 +27,26 @@ _PRISM_REMEDY = (
 )
 
 # Of these loggers, see `quiet_beam`.
-_LOGGERS = ("apache_beam.runners.common", "apache_beam.runners.portability.local_job_service")
+_LOGGERS = (
+    "",
+    "apache_beam.runners.common",
+    "apache_beam.runners.portability.local_job_service",
+    "apache_beam.runners.portability.stager",
+    "apache_beam.runners.worker.data_plane",
+    "apache_beam.utils.subprocess_server",
+)
 _LOGGED_AND_RAISED = ("[while running '", "[while running \\'", "Error processing instruction")
-_BESIDE_THE_POINT = "No semi_persistent_directory found"  # Of every worker process on this machine.
+_BESIDE_THE_POINT = (
+    "No semi_persistent_directory found",  # Of every worker process on this machine.
+    "Couldn't stage a list of installed dependencies",  # Nothing but a list for people to read.
+    # A job server starts and ends.
+    "Really starting service",
+    "Really destroying service",
+    "Waiting for grpc channel to be ready",
+    "Failed to read inputs in the data plane",  # The other side hangs up when it is done.
+)
+_JAVA = re.compile(r"^(java|javax|org\.apache)\.[\w.$]+: ")
+"""How an error starts that came from a runner in Java: it is raised as well."""
 
 
 def root_cause(error: BaseException) -> str:
@@ -86,6 +103,6 @@ def quiet_beam() -> Iterator[None]:
 
 def _is_news(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    if _BESIDE_THE_POINT in message:
+    if any(part in message for part in _BESIDE_THE_POINT) or (record.name == "root" and _JAVA.match(message)):
         return False
     return not (record.levelno >= logging.ERROR and any(part in message for part in _LOGGED_AND_RAISED))

@@ -26,7 +26,7 @@ flink=$cache/flink-$flink_version
 worker_python=$cache/worker-python
 pids=$cluster/pids
 run=$cluster/run # The current folder of all processes of the cluster, and of no others: by it they are known.
-export FLINK_CONF_DIR=$cluster/conf FLINK_LOG_DIR=$cluster/log FLINK_PID_DIR=$cluster/flink-pids
+export FLINK_LIB_DIR=$cluster/lib FLINK_CONF_DIR=$cluster/conf FLINK_LOG_DIR=$cluster/log FLINK_PID_DIR=$cluster/flink-pids
 
 usage() {
   cat <<'END'
@@ -36,7 +36,7 @@ usage: deploy/flink/cluster.sh up | down | status
   down    end all of them, whatever became of them
   status  say which of them run
 
-Needs Linux, Java, Go, and the environment that ./launch.sh sets up. Then:
+Needs Linux, Java, Maven, Go, and the environment that ./launch.sh sets up. Then:
 
   ./launch.sh flink --flink_master=localhost:8081 [OPTIONS]
 
@@ -129,8 +129,19 @@ build_boot() {
 
 # --- Up ---
 
+# Flink's jars, and Beam's beside them, see the class loader's setting below.
+link_libraries() {
+  local jar
+  ln -s "$flink"/lib/*.jar "$FLINK_LIB_DIR/"
+  for jar in "$(dirname "$job_server")"/lib/*.jar; do
+    case ${jar##*/} in
+      flink-* | slf4j-* | log4j-*) ;; # Flink has its own.
+      *) ln -s "$jar" "$FLINK_LIB_DIR/" ;;
+    esac
+  done
+}
+
 write_settings() {
-  mkdir -p "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$cluster/workers"
   cp "$flink"/conf/* "$FLINK_CONF_DIR/"
   cat >"$FLINK_CONF_DIR/config.yaml" <<END
 $(sed -n '/^env:/,/^[^ #]/p' "$flink/conf/config.yaml" | sed '$d')
@@ -149,10 +160,16 @@ taskmanager.network.sort-shuffle.min-buffers: 64
 rest.address: localhost
 rest.bind-address: localhost
 rest.port: $rest_port
+# With Beam's classes loaded by Flink itself, workers live from one phase of a job to the next, as
+# --environment_cache_millis says; with those that come with the job, each phase starts its own.
+classloader.resolve-order: parent-first
 # A TaskManager that is gone is missed after five seconds, not fifty.
 heartbeat.interval: 1000
 heartbeat.timeout: 5000
 END
+}
+
+write_worker_starter() {
   cat >"$cluster/start-worker.sh" <<END
 #!/usr/bin/env bash
 # Called by the worker pool for each worker process. The pool never reads what a worker says, and a worker that says
@@ -185,6 +202,7 @@ up() {
     fail "something of this cluster runs already: end it with \`deploy/flink/cluster.sh down\`"
   fi
   check_tools
+  job_server=$("$here/build-job-server.sh")
   make_once "$flink" fetch_flink
   make_once "$(dirname "$(boot_path)")" build_boot
   # Made anew where the submitter's packages changed.
@@ -197,7 +215,10 @@ up() {
     ! answers "$port" || fail "port $port is taken: choose others (\`deploy/flink/cluster.sh help\` names the settings)"
   done
   rm -rf "$cluster"
+  mkdir -p "$FLINK_LIB_DIR" "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$cluster/workers"
+  link_libraries
   write_settings
+  write_worker_starter
   start jobmanager "$flink/bin/jobmanager.sh" start-foreground
   for ((number = 1; number <= task_managers; number++)); do
     start "taskmanager-$number" "$flink/bin/taskmanager.sh" start-foreground
