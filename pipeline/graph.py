@@ -85,7 +85,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
     winners, duplicates, repeated, deleted = (
         (references, previous_ids) | "FlattenIds" >> beam.Flatten() | "ResolveIds" >> ResolveIds()
     )
-    known_rows, to_encode, waiting = (
+    known_rows, to_encode, waiting, known_tokens = (
         (winners, texts, known) | "FlattenTexts" >> beam.Flatten() | "MatchTexts" >> MatchTexts()
     )
     encoded, failed = (
@@ -114,6 +114,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
         repeated | "TallyRepeated" >> Tally("repeated"),
         deleted | "TallyDeleted" >> Tally("deleted"),
         encoded | "TallyEncoded" >> Tally("texts_encoded", _encoded_tallies),
+        known_tokens,
     ) | "FlattenTallies" >> beam.Flatten()
     _ = (shards, rejected_files, tallies) | "PublishSnapshot" >> PublishSnapshot(job.run)
 

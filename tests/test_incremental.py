@@ -95,14 +95,16 @@ def test_a_bundle_sends_equal_texts_once():
 # One per text.
 
 
-def match(values, rows, texts, waiting=()):
+def match(values, rows, texts, waiting=(), known_tokens=0):
     with pipeline() as p:
         packed = [(text_hash, value if isinstance(value, str) else pack(value)) for text_hash, value in values]
-        found_rows, found_texts, found_waiting = p | beam.Create(packed) | MatchTexts()
+        found_rows, found_texts, found_waiting, tallies = p | beam.Create(packed) | MatchTexts()
         described = found_rows | "d" >> beam.Map(lambda row: (row[0], row[-1], row[1]))
         assert_that(described, equal_to(rows), label="rows")
         counted = found_texts | beam.Map(lambda one: (one.text, len(one.references), one.has_more))
         assert_that(counted, equal_to(texts), label="texts")
+        sums = tallies | beam.CombinePerKey(sum)
+        assert_that(sums, equal_to([("known_tokens", known_tokens)]), label="known tokens")
         assert_that(found_waiting | beam.Map(lambda one: one[0]), equal_to(list(waiting)), label="waiting")
 
 
@@ -115,6 +117,7 @@ def test_known_texts_become_rows_and_unknown_ones_are_encoded_once():
         ],
         rows=[("a", "reused", VECTOR.vector), ("b", "reused", VECTOR.vector)],
         texts=[("new", 2, False)],
+        known_tokens=2,  # Not 4: without its vector, the text of two ids would have been encoded once.
     )  # fmt: skip
 
 
@@ -130,6 +133,7 @@ def test_the_last_snapshots_vector_comes_before_a_crashed_runs():
         [(text_hash, recovered), (text_hash, VECTOR), (text_hash, reference("a", "t")), (text_hash, "t")],
         rows=[("a", "reused", VECTOR.vector)],
         texts=[],
+        known_tokens=2,
     )
 
 
@@ -143,6 +147,7 @@ def test_a_text_of_very_many_ids_streams_through(monkeypatch):
         [(text_hash, "hot"), (text_hash, VECTOR), *references],
         rows=[(f"id{number}", "reused", VECTOR.vector) for number in range(25)],
         texts=[],
+        known_tokens=2,
     )
 
 

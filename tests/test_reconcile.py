@@ -38,6 +38,7 @@ TALLIES = {
     "tokens": 20_000,
     "padded_tokens": 21_000,
     "encode_seconds": 40.0,
+    "known_tokens": 300,
     "device cpu float32": 4,
 }
 
@@ -79,8 +80,8 @@ def make_run(output: Path, **arguments: Any) -> Run:
 def make(output: Path, tallies: Mapping[str, float] | None = None, **arguments: Any) -> Finished:
     run = make_run(output, **arguments)
     shards = [  # In no order.
-        written_file(run, 1, "embeddings-00001-of-00002.parquet", 3, reused=1, recovered=2, known_tokens=300),
-        written_file(run, 0, "embeddings-00000-of-00002.parquet", 5, encoded=5, truncated=1, known_tokens=0),
+        written_file(run, 1, "embeddings-00001-of-00002.parquet", 3, reused=1, recovered=2),
+        written_file(run, 0, "embeddings-00000-of-00002.parquet", 5, encoded=5, truncated=1),
     ]
     rejected = [written_file(run, 0, "rejected-00000-of-00001.jsonl", 2, empty_text=1, duplicate_id=1)]
     storage.create_exclusively(f"{run.folder}/{PARTS_FOLDER}/0-0-orphan", b"what a failed try left")
@@ -171,7 +172,7 @@ def test_the_devices_of_all_workers_are_named(tmp_path):
         (0, 0.0, None, None, 0.0),
     ],
 )
-def test_seconds_saved_are_the_known_rows_tokens_at_the_rate_of_encoding(
+def test_seconds_saved_are_the_known_texts_tokens_at_the_rate_of_encoding(
     tmp_path, tokens, encode_seconds, by_last_snapshot, rate, saved
 ):
     tallies = {"tokens": tokens, "encode_seconds": encode_seconds}

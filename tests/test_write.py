@@ -415,7 +415,7 @@ def test_rows_are_counted_by_where_their_vector_comes_from(tmp_path):
     origins = ["encoded", "encoded", "reused", "recovered", "reused"]
     rows = [row._replace(origin=origin, num_tokens=10) for row, origin in zip(rows_of(5), origins, strict=True)]
     (file,) = write_shard(tmp_path, rows)
-    assert file.tallies == {"encoded": 2, "reused": 2, "recovered": 1, "truncated": 3, "known_tokens": 30}
+    assert file.tallies == {"encoded": 2, "reused": 2, "recovered": 1, "truncated": 3}
 
 
 def test_rows_go_to_shards_by_their_id_alone():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 from apache_beam.pvalue import TaggedOutput
+from apache_beam.transforms.window import GlobalWindows
 
 from transforms.schema import Document, Rejected, content_hash, preview
 
@@ -219,6 +220,13 @@ class _MeetByText(beam.DoFn):
 
     ROWS = "rows"
     WAITING = "waiting"
+    TALLIES = "tallies"
+
+    def start_bundle(self):
+        self._known_tokens = 0
+
+    def finish_bundle(self):
+        yield TaggedOutput(self.TALLIES, GlobalWindows.windowed_value(("known_tokens", self._known_tokens)))
 
     def process(self, group: tuple[str, Iterable[str | tuple]]):
         text_hash, values = group
@@ -237,6 +245,7 @@ class _MeetByText(beam.DoFn):
                 has_more = True
         # Without references, only documents that lost their id to another have this text.
         if references and known is not None:
+            self._known_tokens += known.num_tokens
             for value in map(unpack, values) if has_more else references:
                 if isinstance(value, Reference):
                     yield TaggedOutput(self.ROWS, row_of(value, known))
@@ -261,8 +270,9 @@ def _preferred(one: KnownVector | None, other: KnownVector) -> KnownVector:
 class MatchTexts(beam.PTransform):
     """References, texts and known vectors, all by content hash, to rows and to texts that are to be encoded.
 
-    Takes (content hash, str or packed Reference or KnownVector); gives a tuple of packed rows, TextToEncode, and
-    (content hash, packed Reference) of the references beyond the first hundred of a text that is to be encoded.
+    Takes (content hash, str or packed Reference or KnownVector); gives a tuple of packed rows, TextToEncode,
+    (content hash, packed Reference) of the references beyond the first hundred of a text that is to be encoded, and
+    tallies `known_tokens`: tokens of the texts, each counted once, whose vector is known.
     """
 
     def expand(self, values):
@@ -271,9 +281,11 @@ class MatchTexts(beam.PTransform):
             values
             | "GroupByText" >> beam.GroupByKey()
             | "MeetByText"
-            >> beam.ParDo(_MeetByText()).with_outputs(_MeetByText.ROWS, _MeetByText.WAITING, main="texts")
+            >> beam.ParDo(_MeetByText()).with_outputs(
+                _MeetByText.ROWS, _MeetByText.WAITING, _MeetByText.TALLIES, main="texts"
+            )
         )
-        return outputs.rows, outputs.texts, outputs.waiting
+        return outputs.rows, outputs.texts, outputs.waiting, outputs.tallies
 
 
 class _HandOut(beam.DoFn):

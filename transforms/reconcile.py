@@ -72,7 +72,8 @@ def build_manifest(
       run: the run.
       shards: the Parquet files, with the tallies of their rows.
       rejected: the files of rejected records, with the tallies of theirs by reason.
-      tallies: `read`, `deleted`, `tokens`, `padded_tokens`, `encode_seconds`, and `device <description>`.
+      tallies: `read`, `deleted`, `tokens`, `padded_tokens`, `encode_seconds`, `known_tokens` of distinct texts whose
+        vector was known, and `device <description>`.
     """
     rows = _summed(shards)
     by_reason = _summed(rejected)
@@ -83,7 +84,7 @@ def build_manifest(
         seconds_per_token = encode_seconds / tokens
     reused = rows.pop("reused", 0)
     recovered = rows.pop("recovered", 0)
-    known_tokens = rows.pop("known_tokens", 0)
+    known_tokens = int(tallies.get("known_tokens", 0))
     devices = sorted(name.removeprefix("device ") for name in tallies if name.startswith("device "))
     return {
         "format": SNAPSHOT_FORMAT,

@@ -404,8 +404,7 @@ def _embedding_name(row: Embedding | tuple) -> str:
 
 
 def _embedding_tallies(row: Embedding) -> dict[str, int]:
-    known_tokens = 0 if row.origin == "encoded" else row.num_tokens
-    return {row.origin: 1, "truncated": int(row.truncated), "known_tokens": known_tokens}
+    return {row.origin: 1, "truncated": int(row.truncated)}
 
 
 def _rejected_name(row: Rejected) -> str:
