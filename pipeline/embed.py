@@ -82,7 +82,7 @@ def embed(options: EmbedOptions) -> int:
         print(f"described snapshot={job.run.name} of {job.run.output}; the launcher starts the job")
         return PUBLISHED
     watchable = is_in_process(options.runner) and _worker_processes(job.beam_options) is None
-    watchable = watchable or flink.is_flink(options.runner) and flink.is_loopback(job.beam_options)
+    watchable = watchable or (flink.is_flink(options.runner) and flink.is_loopback(job.beam_options))
     with ProgressLine(watchable):
         manifest = run(job)
     print(summary(job.run.folder, manifest))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
@@ -14,6 +15,8 @@ from transforms.incremental import (
     SplitOffTexts,
     TextToEncode,
     Unusable,
+    pack,
+    waiting_references,
 )
 from transforms.inference import Encoded, EncodeDocuments, EncoderModelHandler, Failed
 from transforms.known_vectors import ReadKnownVectors, WorkSaver
@@ -135,22 +138,22 @@ def _handler(job: Job) -> EncoderModelHandler:
     )
 
 
-_CARRIED = "text_to_encode"
-"""Name of the field in which a text's references pass through the encoder."""
+_WAITING = "waiting_references"
+"""Name of the field in which a text's references pass the encoder."""
 
 
 def _document_of(text: TextToEncode) -> Document:
     first = text.references[0]
-    return Document(first.content_hash, text.text, first.source, first.position, {_CARRIED: text._replace(text="")})
+    return Document(first.content_hash, text.text, first.source, first.position, {_WAITING: waiting_references(text)})
 
 
-def _vector_of(encoded: Encoded) -> tuple[TextToEncode, KnownVector]:
+def _vector_of(encoded: Encoded) -> tuple[Any, tuple]:
     vector = KnownVector(encoded.vector.tobytes(), encoded.encoder, encoded.num_tokens, encoded.truncated, "encoded")
-    return encoded.document.fields[_CARRIED], vector
+    return encoded.document.fields[_WAITING], pack(vector)
 
 
-def _unusable_of(failed: Failed) -> tuple[TextToEncode, Unusable]:
-    return failed.document.fields[_CARRIED], Unusable(failed.reason, failed.detail)
+def _unusable_of(failed: Failed) -> tuple[Any, tuple]:
+    return failed.document.fields[_WAITING], pack(Unusable(failed.reason, failed.detail))
 
 
 def _encoded_tallies(encoded: Encoded) -> Iterator[tuple[str, float]]:

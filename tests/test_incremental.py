@@ -26,6 +26,7 @@ from transforms.incremental import (
     Unusable,
     pack,
     unpack,
+    waiting_references,
 )
 from transforms.inference import LoadedEncoder
 from transforms.known_vectors import write_work
@@ -156,7 +157,7 @@ def test_every_reference_gets_the_outcome_of_its_text(outcome):
     references = [reference(f"id{number}", "hot", position=number) for number in range(25)]
     text = TextToEncode("", references[:10], True)
     with pipeline() as p:
-        outcomes = p | "o" >> beam.Create([(text, outcome)])
+        outcomes = p | "o" >> beam.Create([(waiting_references(text), pack(outcome))])
         waiting = p | "w" >> beam.Create([(content_hash("hot"), pack(one)) for one in references[10:]])
         rows, rejected = (outcomes, waiting) | HandOutVectors()
         ids = [one.id for one in references]

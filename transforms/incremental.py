@@ -99,6 +99,11 @@ def unpack(value: Any) -> Any:
     return _RECORDS[value[0]]._make(value[1:]) if isinstance(value, tuple) else value
 
 
+def waiting_references(text: TextToEncode) -> tuple[list[tuple], bool]:
+    """Returns what `HandOutVectors` needs of a text that is encoded: its packed references, and whether it has more."""
+    return [pack(reference) for reference in text.references], text.has_more
+
+
 def row_of(reference: Reference, known: KnownVector) -> tuple:
     """Returns the row, as `schema.pack_row` packs it, of a document whose text has this vector."""
     return (
@@ -294,11 +299,12 @@ class _HandOut(beam.DoFn):
     REJECTED = "rejected"
     OUTCOMES = "outcomes"
 
-    def process(self, outcome: tuple[TextToEncode, KnownVector | Unusable]):
-        text, result = outcome
-        yield from _handed_out(text.references, result)
-        if text.has_more:
-            yield TaggedOutput(self.OUTCOMES, (text.references[0].content_hash, pack(result)))
+    def process(self, outcome: tuple[tuple[list[tuple], bool], tuple]):
+        (packed_references, has_more), result = outcome
+        references = [unpack(reference) for reference in packed_references]
+        yield from _handed_out(references, unpack(result))
+        if has_more:
+            yield TaggedOutput(self.OUTCOMES, (references[0].content_hash, result))
 
 
 class _HandOutToWaiting(beam.DoFn):
@@ -324,8 +330,8 @@ def _handed_out(references: Iterable[Reference], result: KnownVector | Unusable)
 class HandOutVectors(beam.PTransform):
     """(outcomes, waiting) to (rows, rejected): each reference gets the outcome of its text.
 
-    Takes outcomes, a (TextToEncode with its text dropped, KnownVector or Unusable) for each text, and the waiting
-    references of `MatchTexts`; gives a tuple of packed rows and Rejected.
+    Takes outcomes, a (`waiting_references`, packed KnownVector or Unusable) for each text, and the waiting references
+    of `MatchTexts`; gives a tuple of packed rows and Rejected.
     """
 
     def expand(self, inputs):
