@@ -31,6 +31,7 @@ TEST_REQUIREMENTS = [
     "gcp-storage-emulator>=2026.7",
     "google-cloud-scheduler>=2.16",
     "hypothesis>=6.130",
+    "jsonschema>=4.23",
     "kubernetes-validate>=1.33",
     "mypy>=2.4",
     "pandas>=2.2",
