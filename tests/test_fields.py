@@ -234,7 +234,8 @@ def test_cells_cannot_be_lists():
         (pa.time32("s"), pa.time32("s"), pa.int32()),
         (pa.duration("ms"), pa.duration("ms"), pa.int64()),
         (pa.list_(pa.float16()), pa.list_(pa.float32()), pa.list_(pa.float32())),
-        (pa.list_(pa.date32(), 2), pa.list_(pa.date32(), 2), pa.list_(pa.int32(), 2)),
+        (pa.list_(pa.date32(), 2), pa.list_(pa.date32()), pa.list_(pa.int32())),
+        (pa.list_(pa.list_(pa.float16(), 2)), pa.list_(pa.list_(pa.float32())), pa.list_(pa.list_(pa.float32()))),
         (pa.large_list(pa.date64()), pa.large_list(pa.date64()), pa.large_list(pa.int64())),
         (
             pa.map_(pa.string(), pa.timestamp("us")),

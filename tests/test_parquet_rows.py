@@ -209,6 +209,7 @@ def test_kept_fields_come_out_as_they_went_in(column):
     values = pa.array([document.fields["kept"] for document in documents if isinstance(document, Document)], type_)
     expected = column.storage if isinstance(column, pa.ExtensionArray) else column
     assert values.equals(expected.cast(type_))
+    assert pq.read_table(pa.BufferReader(written(pa.table({"kept": values})))).num_rows == 3
     assert len(values) == 3
 
 

@@ -33,6 +33,12 @@ def test_kept_fields_with_names_of_fixed_columns_are_refused_by_name():
         output_schema(kept, {})
 
 
+def test_kept_fields_that_parquet_cannot_hold_are_refused_by_name():
+    kept = pa.schema([("good", pa.float16()), ("bad", pa.month_day_nano_interval())])
+    with pytest.raises(ValueError, match=r"kept field 'bad' is month_day_nano_interval, .* --keep_fields bad:string"):
+        output_schema(kept, {})
+
+
 def test_the_content_hash_is_of_the_texts_utf8_bytes():
     assert content_hash("naïve 東京") == hashlib.sha256("naïve 東京".encode()).hexdigest()
     # Another normal form is another text.

@@ -441,6 +441,57 @@ def test_shards_have_room_for_the_chance_of_hashing(rows_per_shard):
         assert rows / rows_per_shard <= shard_count(rows, rows_per_shard) <= 1.12 * rows / rows_per_shard + 1
 
 
+# Types of kept fields.
+
+SECOND = 1_795_370_400
+NAMES = ["a", None]
+SAME = None
+KINDS: list[tuple[pa.DataType, Any, pa.DataType | None]] = [
+    (pa.timestamp("s"), SECOND, pa.timestamp("ms")),
+    (pa.timestamp("ms"), SECOND * 10**3 + 1, SAME),
+    (pa.timestamp("us"), SECOND * 10**6 + 1, SAME),
+    (pa.timestamp("ns"), SECOND * 10**9 + 1, SAME),
+    (pa.timestamp("s", "UTC"), SECOND, pa.timestamp("ms", "UTC")),
+    (pa.timestamp("ns", "Europe/Berlin"), SECOND * 10**9 + 1, SAME),
+    (pa.time32("s"), 86_399, pa.time32("ms")),
+    (pa.time32("ms"), 86_399_999, SAME),
+    (pa.time64("us"), 86_399_999_999, SAME),
+    (pa.time64("ns"), 86_399_999_999_999, SAME),
+    (pa.date32(), -1, SAME),
+    (pa.date64(), -86_400_000, pa.date32()),
+    (pa.duration("s"), 5, SAME),
+    (pa.duration("ns"), 5, SAME),
+    (pa.decimal128(38, 10), Decimal("-1.0000000001"), SAME),
+    (pa.decimal256(50, 3), Decimal("12345678901234567890123456789012345678901234567.891"), SAME),
+    (pa.int8(), -128, SAME),
+    (pa.uint64(), (1 << 64) - 1, SAME),
+    (pa.float16(), 1.5, SAME),
+    (pa.float32(), 0.1, SAME),
+    (pa.bool_(), False, SAME),
+    (pa.large_string(), "東京", SAME),
+    (pa.large_binary(), b"\xff", SAME),
+    (pa.binary(4), b"\xff\x00ab", SAME),
+    (pa.list_(pa.string()), NAMES, SAME),
+    (pa.large_list(pa.string()), NAMES, SAME),
+    (pa.list_(pa.timestamp("s")), [SECOND, None], pa.list_(pa.timestamp("ms"))),
+    (pa.map_(pa.string(), pa.duration("us")), [("k", 5), ("l", None)], SAME),
+    (pa.struct([("at", pa.timestamp("s")), ("names", pa.list_(pa.string()))]), {"at": SECOND, "names": NAMES},
+     pa.struct([("at", pa.timestamp("ms")), ("names", pa.list_(pa.string()))])),
+]  # fmt: skip
+"""Type, a value as it travels, and the type it is read with."""
+
+
+def test_kept_values_come_back_and_types_but_for_those_that_parquet_lacks(tmp_path):
+    schema = output_schema(pa.schema([(str(place), type_) for place, (type_, _, _) in enumerate(KINDS)]), {})
+    fields = {str(place): value for place, (_, value, _) in enumerate(KINDS)}
+    pq.write_table(embeddings_table([embedding("full", **fields), embedding("empty")], schema), tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    for place, (type_, value, read_type) in enumerate(KINDS):
+        column = table.column(str(place)).combine_chunks()
+        assert column.type == (read_type or type_)
+        assert column.cast(type_).equals(pa.array([value, None], type_)), type_
+
+
 # Rows that must not be written.
 
 

@@ -87,12 +87,15 @@ def column_type(type_: pa.DataType) -> pa.DataType:
     """Returns the type that an input column has in the output: the same, less its encoding.
 
     Dictionaries and views become what they stand for, extension types their storage, float16 float32, so that every
-    reader of Parquet and every value met later fits.
+    reader of Parquet and every value met later fits. Fixed-size lists become lists: beside a null, as of a record
+    without the field, Arrow itself could not read them back.
     """
     if pa.types.is_dictionary(type_):
         return column_type(type_.value_type)
     if isinstance(type_, pa.BaseExtensionType):
         return column_type(type_.storage_type)
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(type_.value_field.with_type(column_type(type_.value_type)))
     plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary(), pa.float16(): pa.float32()}
     return plain.get(type_) or _with_items(type_, column_type)
 

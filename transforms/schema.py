@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 EMBEDDING_DIM = 256
 """Numbers in one text embedding; fixed for every encoder of this project."""
@@ -131,12 +132,17 @@ FIXED_COLUMNS = pa.schema(
 def output_schema(kept_fields: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
     """Returns the schema of the shards.
 
+    Values come back from Parquet as they were, types but for these: seconds are read as milliseconds (`timestamp[s]`,
+    `time32[s]`), `date64` as `date32`, items of lists are named `element`. Only Arrow's readers know of durations
+    (others see int64 in the duration's unit), of time zones but UTC (others see the same instant in UTC), and of large
+    strings, binaries and lists, which to others are like small ones.
+
     Args:
       kept_fields: the fields copied from the input, with their types.
-      metadata: key/value pairs for every shard's footer.
+      metadata: key/value pairs for every shard's footer; what only workers know, dtype and device, is in the manifest.
 
     Raises:
-      ValueError: a kept field has the name of a fixed column.
+      ValueError: a kept field has the name of a fixed column, or a type that Parquet has not.
     """
     clashes = sorted(set(FIXED_COLUMNS.names) & set(kept_fields.names))
     if clashes:
@@ -144,4 +150,12 @@ def output_schema(kept_fields: pa.Schema, metadata: Mapping[str, str]) -> pa.Sch
             f"kept fields {clashes} have the names of output columns: rename them in the input, or leave them out "
             "of --keep_fields"
         )
+    for field in kept_fields:
+        try:
+            pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
+        except pa.ArrowNotImplementedError as error:
+            raise ValueError(
+                f"kept field {field.name!r} is {field.type}, which Parquet has no type for: give another one, as in "
+                f"--keep_fields {field.name}:string"
+            ) from error
     return pa.schema([*FIXED_COLUMNS, *kept_fields], metadata=dict(metadata))
