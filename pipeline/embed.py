@@ -111,8 +111,11 @@ def run(job: Job) -> dict[str, Any]:
             # Elsewhere it may go on without us, and still publish.
             if is_in_process(job.run.runner) or (session is not None and session.is_over()):
                 abandon(job.run.output, job.run.name)
+            has_work = job.run.name in list_work(job.run.output)
         except (SnapshotError, OSError) as another:
             raise JobError(f"{error}; then cleaning up failed too: {another}") from error
+        if isinstance(error, KeyboardInterrupt) and has_work:
+            raise KeyboardInterrupt("what was encoded so far is kept, and the next run takes it up") from error
         raise
     return _outcome(job.run)
 

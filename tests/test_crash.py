@@ -14,7 +14,7 @@ import pytest
 from embed_runs import PUBLISHED, contents_of, counts_of, embed, failure_of, latest, rows_of
 
 from pipeline import embed as embed_module
-from transforms import reconcile, storage, write
+from transforms import known_vectors, reconcile, storage, write
 from transforms.encoder import BertLstmEncoder
 from transforms.snapshots import check_shards, list_published, list_work
 
@@ -231,6 +231,29 @@ def test_an_error_in_a_worker_is_told_in_one_line_and_leaves_nothing_behind(
     monkeypatch.undo()
     assert embed(*options(range(50)), output=output) == PUBLISHED
     assert counts_of(latest(output))["read"] == 50
+    assert_nothing_but_snapshots(output)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_whoever_interrupts_a_run_is_told_where_work_is_kept(output, options, monkeypatch, capfd, is_late):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        for name in ("_MIN_INTERVAL_SECONDS", "_MAX_LOST_FRACTION"):
+            patch.setattr(known_vectors, name, 0.0)
+        if is_late:
+            patch.setattr(reconcile, "finish", interrupt)
+        else:
+            patch.setattr(BertLstmEncoder, "encode_tokens", interrupt)
+        capfd.readouterr()
+        assert embed(*options(range(50)), output=output) == 130
+    told = (
+        "interrupted: what was encoded so far is kept, and the next run takes it up\n" if is_late else "interrupted\n"
+    )
+    assert capfd.readouterr() == ("", told)
+    assert embed(*options(range(50)), output=output) == PUBLISHED
+    assert (counts_of(latest(output)).get("recovered", 0) == 45) == is_late
     assert_nothing_but_snapshots(output)
 
 
