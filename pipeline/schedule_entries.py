@@ -12,7 +12,7 @@ import yaml
 _CLOUD_PLATFORM = "https://www.googleapis.com/auth/cloud-platform"
 
 CRONTAB_COMMAND_LENGTH = 998
-"""Bytes of a command that the cron of Debian and of the BSDs takes; of a longer one, it drops the rest."""
+"""Bytes of a command that Debian's cron takes; it refuses a longer one, and other crons drop the rest of it."""
 
 
 _LOCKED = 75
@@ -96,8 +96,8 @@ def crontab(schedule: Schedule, command: Sequence[str], machine: Machine) -> str
     line = line.replace("%", r"\%")  # Else a line break to cron, also within quotes.
     if len(line.encode()) > CRONTAB_COMMAND_LENGTH:
         raise ValueError(
-            f"the command has {len(line.encode())} bytes, and some crons drop what comes after "
-            f"{CRONTAB_COMMAND_LENGTH}: put it into a script, and schedule that"
+            f"the command has {len(line.encode())} bytes, and not every cron takes more than {CRONTAB_COMMAND_LENGTH}: "
+            "put it into a script, and schedule that"
         )
     overlap = (
         "# While a run still goes on, the next one is left out."
@@ -168,16 +168,8 @@ def gcloud_command(job: Mapping[str, Any]) -> str:
         "max-retry-attempts": str(retries["retryCount"]),
         "min-backoff": retries["minBackoffDuration"],
     }
-    return (
-        " \\\n".join(
-            [
-                f"gcloud scheduler jobs create http {shlex.quote(name)}",
-                *(f"  --{option}={shlex.quote(value)}" for option, value in options.items()),
-                "",
-            ]
-        ).removesuffix(" \\\n")
-        + "\n"
-    )
+    words = [f"--{option}={shlex.quote(value)}" for option, value in options.items()]
+    return " \\\n  ".join([f"gcloud scheduler jobs create http {shlex.quote(name)}", *words]) + "\n"
 
 
 def airflow_bash_dag(schedule: Schedule, command: Sequence[str], folder: str) -> str:
