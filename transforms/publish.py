@@ -12,8 +12,6 @@ removes it; after 3 the snapshot is published, and only its claim is left. Every
 """
 
 import json
-import os
-import socket
 import uuid
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
@@ -22,6 +20,7 @@ from typing import Any
 
 from transforms import storage
 from transforms.manifest import check_manifest
+from transforms.process_identity import is_alive, this_process
 from transforms.snapshots import (
     CLAIMS_FOLDER,
     MANIFEST_FILE,
@@ -67,8 +66,7 @@ def claim(output: str, now: datetime, token: LatestVersion) -> str:
     run = {
         "run": uuid.uuid4().hex,  # Tells this run's request from another one's, see `gcs.create_exclusively`.
         "generation": token.generation,
-        "host": socket.gethostname(),
-        "process": os.getpid(),
+        **this_process(),
     }
     while True:
         name = instant.strftime(NAME_FORMAT)
@@ -165,7 +163,7 @@ def abandon(output: str, name: str, keep: Sequence[str] = ()) -> None:
 def is_running(output: str, name: str) -> bool:
     """Returns whether the run that claimed a name is a living process of this machine."""
     found = storage.read_versioned(_claim_path(output, name))
-    return found is not None and _is_alive(json.loads(found.data))
+    return found is not None and is_alive(json.loads(found.data))
 
 
 def remove_leftovers(output: str) -> list[str]:
@@ -187,7 +185,7 @@ def remove_leftovers(output: str) -> list[str]:
         if found is None:
             continue  # Let go of while we looked.
         run = json.loads(found.data)
-        if run["generation"] == latest.generation or _is_alive(run):
+        if run["generation"] == latest.generation or is_alive(run):
             continue
         try:
             published = is_published(output, name)
@@ -297,16 +295,3 @@ def _release(output: str, name: str) -> None:
 def _remove_empty_work(output: str) -> None:
     storage.delete_if_empty(_claims_folder(output))
     storage.delete_if_empty(join(output, WORK_FOLDER))
-
-
-def _is_alive(run: dict[str, Any]) -> bool:
-    """Returns whether a claim's process lives on this machine; one of another machine counts as dead."""
-    if run["host"] != socket.gethostname():
-        return False
-    try:
-        os.kill(run["process"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # It lives, and is another user's.
-    return True
