@@ -224,6 +224,11 @@ def test_everybody_reads_the_same_rows(written, reader):
         with duckdb.connect() as connection:
             relation = connection.sql(f"SELECT * FROM '{files}'")
             rows = [dict(zip(relation.columns, row, strict=True)) for row in relation.fetchall()]
+            # What README.md says of it: list functions take the column as it is, array functions need a cast.
+            assert str(relation.types[relation.columns.index("embedding")]) == "FLOAT[]"
+            vector = "embedding::FLOAT[256]"
+            cosines = f"list_cosine_similarity(embedding, embedding), array_cosine_similarity({vector}, {vector})"
+            assert connection.sql(f"SELECT DISTINCT {cosines} FROM '{files}'").fetchall() == [(1.0, 1.0)]
     elif reader == "polars":
         frame = polars.read_parquet(files)
         rows = frame.to_dicts()
