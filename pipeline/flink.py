@@ -26,6 +26,9 @@ BUILD_COMMAND = "deploy/flink/build-job-server.sh"
 BUILT_JAR = ".cache/flink/job-server/*job-server*.jar"
 """Made by the command, both from the repository's root."""
 
+ROWS_PER_SHARD = 20_000
+"""The most rows of a file where nobody says: Flink hands all rows of one to its writer at once, in memory."""
+
 _DEFAULTS = {
     # One process for each TaskManager and its GPU: all its slots share the model.
     "sdk_worker_parallelism": "1",
@@ -195,13 +198,23 @@ def no_jar_message(version: str, reason: object) -> str:
 
 
 def given_of(overview: Mapping[str, Any], beam_options: Sequence[str]) -> list[str]:
-    """Returns the options that follow from what a cluster says of itself: its free slots, unless a number is given."""
+    """Returns the options that follow from what a cluster says of itself: its free slots, unless a number is given.
+
+    Raises:
+      ValueError: no slot is free.
+    """
     if any(option.partition("=")[0] == "--parallelism" for option in beam_options):
         return []
     # Without it, a job that comes through a job server runs on one slot. A cluster that starts TaskManagers as they
     # are needed has none yet: what it does then is its own settings' affair.
-    slots = overview["slots-available"] or overview["slots-total"]
-    return [f"--parallelism={slots}"] if slots else []
+    total, free = overview["slots-total"], overview["slots-available"]
+    if total and not free:
+        raise ValueError(
+            f"all {total} slots of the cluster are taken, and {overview['jobs-running']} jobs run there: wait for them, "
+            "or cancel them; --parallelism N has the job wait there, for as long as the cluster's "
+            "slot.request.timeout, five minutes unless it is set"
+        )
+    return [f"--parallelism={free}"] if free else []
 
 
 def _version_in(text: str) -> str | None:

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import DebugOptions, GoogleCloudOptions, PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_fn_api_pb2
@@ -23,7 +25,7 @@ from pipeline.flink import is_on_cluster, master_of
 from pipeline.flink_setup import ask
 
 _CANCEL_SECONDS = 60.0
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 1.0
 
 _TERMINAL = ("FINISHED", "FAILED", "CANCELED")
 
@@ -49,12 +51,15 @@ class FlinkSession:
         self._runner = _Runner(self.log)
 
     def __enter__(self) -> "FlinkSession":
+        threading.excepthook = _tell_of_thread
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         try:
             if error_type is not None and issubclass(error_type, KeyboardInterrupt):
                 self._cancel()
+        except OSError as error:
+            print(f"job {self.job_name} could not be cancelled ({error}): look for it on Flink's page", file=sys.stderr)
         finally:
             self._runner.stop()
             if error_type is None or not self.log.stat().st_size:
@@ -71,29 +76,38 @@ class FlinkSession:
         if self._master is None:
             return False
         try:
-            return all(job["state"] in _TERMINAL for job in self._jobs())
+            if self._running(self._master):
+                return False
+            time.sleep(_LOOK_SECONDS)  # What the job server sent last may only now have arrived.
+            return not self._running(self._master)
         except OSError:
             return False
 
-    def _jobs(self) -> list[dict[str, Any]]:
-        """Returns what the cluster says of this job: nothing before it is there."""
-        assert self._master is not None
-        jobs = ask(self._master, "/jobs/overview")["jobs"]
-        return [job for job in jobs if job["name"] == self.job_name]
+    def _running(self, master: str) -> list[str]:
+        """Returns the cluster's ids of this job while it runs; nothing before it is there, and afterwards."""
+        # Not /jobs/overview, which has the names too, but may be three seconds old.
+        running = [job["id"] for job in ask(master, "/jobs")["jobs"] if job["status"] not in _TERMINAL]
+        return [job_id for job_id in running if ask(master, f"/jobs/{job_id}")["name"] == self.job_name]
 
     def _cancel(self) -> None:
-        """Cancels the job, and waits until it runs no longer; the job server alone would let it run on."""
+        """Cancels the job, and waits until it runs no longer; told to, the job server alone would let it run on."""
         if self._master is None:
             if self._runner.result is not None:
                 self._runner.result.cancel()
             return
         print("cancelling the job on Flink ...", file=sys.stderr)
-        for job in self._jobs():
-            if job["state"] not in _TERMINAL:
-                ask(self._master, f"/jobs/{job['jid']}?mode=cancel", method="PATCH")
+        self._runner.end_process()  # It may be about to hand the job over.
         deadline = time.monotonic() + _CANCEL_SECONDS
         while not self.is_over() and time.monotonic() < deadline:
+            for job_id in self._running(self._master):
+                ask(self._master, f"/jobs/{job_id}?mode=cancel", method="PATCH")
             time.sleep(_LOOK_SECONDS)
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Tells of a thread that failed, unless the other side of a connection of Beam's hung up: the job's end says why."""
+    if not isinstance(failed.exc_value, grpc.RpcError):
+        threading.__excepthook__(failed)
 
 
 class _Runner(FlinkRunner):
@@ -102,7 +116,7 @@ class _Runner(FlinkRunner):
     def __init__(self, log: Path):
         super().__init__()
         self._log = log
-        self._server: FlinkJarJobServer | None = None
+        self._server: _JobServer | None = None
         self.result: PipelineResult | None = None
         self.is_stopped = False
 
@@ -114,8 +128,13 @@ class _Runner(FlinkRunner):
         self._server = _JobServer(options, self._log)
         return self._server
 
+    def end_process(self) -> None:
+        """Ends the job server's process, and with it an embedded Flink."""
+        if self._server is not None:
+            self._server.end_process()
+
     def stop(self) -> None:
-        """Ends the job server, and with it an embedded Flink."""
+        """Ends the job server, and removes its files, the job's package among them."""
         if self._server is not None:
             self._server.stop()
         self.is_stopped = True
@@ -147,6 +166,10 @@ class _JobServer(FlinkJarJobServer):
     def subprocess_cmd_and_endpoint(self):
         command, endpoint = super().subprocess_cmd_and_endpoint()
         return [sys.executable, str(_KEEPER), str(os.getpid()), str(self._log), *command], endpoint
+
+    def end_process(self) -> None:
+        if self._server is not None:
+            self._server.stop()
 
 
 class _Loopback(BeamFnExternalWorkerPoolServicer):

@@ -45,6 +45,17 @@ _BESIDE_THE_POINT = (
     "Waiting for grpc channel to be ready",
     "Failed to read inputs in the data plane",  # The other side hangs up when it is done.
 )
+_STATE = re.compile(r"^Pipeline \S+ failed in state [A-Z]+: ")
+"""What Beam puts before the message of a runner in another process."""
+
+_REMEDIES = {
+    "Insufficient number of network buffers": "raise taskmanager.memory.network.min and .max on the cluster, to 256m "
+    "say, or give a lower --parallelism",
+    "Timeout has occurred: 300000 ms": "the cluster had fewer free slots than --parallelism for five minutes",
+    "java.net.ConnectException": "a TaskManager found no worker pool at --environment_config",
+}
+"""What to do about errors of Flink's that do not say it."""
+
 _JAVA = re.compile(r"^(java|javax|org\.apache)\.[\w.$]+: ")
 """How an error starts that came from a runner in Java: it is raised as well."""
 
@@ -64,7 +75,10 @@ def root_cause(error: BaseException) -> str:
     text = _STEP.sub("", text)
     if _OWN_TYPE.match(text):
         return _OWN_TYPE.sub("", text)
-    text = _MERE_TYPE.sub("", text)
+    text = _STATE.sub("", _MERE_TYPE.sub("", text))
+    for words, remedy in _REMEDIES.items():
+        if words in text:
+            return f"{text} ({remedy})"
     if _NO_PRISM in text:
         return f"{text}: {_PRISM_REMEDY}"
     return f"{text} (in step {step[1]}; --traceback before the command shows where in the code)" if step else text

@@ -14,7 +14,7 @@ rpc_port=${FLINK_RPC_PORT:-6123}            # Between JobManager and TaskManager
 pool_port=${FLINK_POOL_PORT:-50000}         # Worker pool.
 task_managers=${FLINK_TASK_MANAGERS:-2}
 slots=${FLINK_SLOTS:-2}                     # Of each TaskManager; they share one worker process and its model.
-memory=${FLINK_TASK_MANAGER_MEMORY:-1728m}  # Of each TaskManager.
+memory=${FLINK_TASK_MANAGER_MEMORY:-2g}     # Of each TaskManager.
 python=${PYTHON:-$root/.venv/bin/python}    # With our dependencies; the workers get a copy of them.
 
 flink_version=1.19.3
@@ -32,7 +32,8 @@ usage() {
   cat <<'END'
 usage: deploy/flink/cluster.sh up | down | status
 
-  up      start a JobManager, two TaskManagers and a worker pool; what is missing is fetched first, and kept
+  up      start a JobManager, two TaskManagers and a worker pool, or those of them that have stopped; what is missing
+          is fetched first, and kept
   down    end all of them, whatever became of them
   status  say which of them run
 
@@ -41,7 +42,7 @@ Needs Linux, Java, Maven, Go, and the environment that ./launch.sh sets up. Then
   ./launch.sh flink --flink_master=localhost:8081 [OPTIONS]
 
 Settings come from the environment: FLINK_REST_PORT (8081), FLINK_RPC_PORT (6123), FLINK_POOL_PORT (50000),
-FLINK_TASK_MANAGERS (2), FLINK_SLOTS (2, of each), FLINK_TASK_MANAGER_MEMORY (1728m), FLINK_CLUSTER (the folder of the
+FLINK_TASK_MANAGERS (2), FLINK_SLOTS (2, of each), FLINK_TASK_MANAGER_MEMORY (2g), FLINK_CLUSTER (the folder of the
 cluster's logs), FLINK_CACHE (the folder of what is fetched), PYTHON.
 END
 }
@@ -152,6 +153,8 @@ jobmanager.memory.process.size: 1024m
 taskmanager.bind-host: localhost
 taskmanager.host: localhost
 taskmanager.memory.process.size: $memory
+# Through here go the rows of a whole file at once, see --rows_per_shard.
+taskmanager.memory.framework.off-heap.size: 256m
 taskmanager.numberOfTaskSlots: $slots
 # The job is one graph of many shuffles: Flink's own 128 MB of buffers, taken 512 at a time, are too few for it.
 taskmanager.memory.network.min: 192m
@@ -163,24 +166,24 @@ rest.port: $rest_port
 # With Beam's classes loaded by Flink itself, workers live from one phase of a job to the next, as
 # --environment_cache_millis says; with those that come with the job, each phase starts its own.
 classloader.resolve-order: parent-first
-# A TaskManager that is gone is missed after five seconds, not fifty.
-heartbeat.interval: 1000
-heartbeat.timeout: 5000
+# A TaskManager that is gone is missed sooner than after 50 seconds.
+heartbeat.interval: 2000
+heartbeat.timeout: 20000
 END
 }
 
 write_worker_starter() {
   cat >"$cluster/start-worker.sh" <<END
 #!/usr/bin/env bash
-# Called by the worker pool for each worker process. The pool never reads what a worker says, and a worker that says
-# much would wait for ever: it goes into a file. What a job brings is installed into a folder of this worker alone.
+# Becomes a worker. What a job brings is installed into the folder \$1, of this worker alone.
 set -euo pipefail
-folder=\$(mktemp -d "$cluster/workers/XXXXXX")
+folder=\$1
+shift
 "$worker_python/bin/python" -m venv --without-pip "\$folder/venv"
 site=\$("\$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$worker_python/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"\$site/worker-python.pth"
 export PATH=\$folder/venv/bin:\$PATH RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1
-exec "$(boot_path)" --semi_persist_dir="\$folder" "\$@" >"\$folder/log" 2>&1
+exec "$(boot_path)" --semi_persist_dir="\$folder" "\$@"
 END
   chmod +x "$cluster/start-worker.sh"
 }
@@ -195,12 +198,20 @@ start() {
   set +m
 }
 
+start_part() {
+  case $1 in
+    jobmanager) start "$1" "$flink/bin/jobmanager.sh" start-foreground ;;
+    taskmanager-*) start "$1" "$flink/bin/taskmanager.sh" start-foreground ;;
+    pool) # Started beside the repository, not in it: a worker must not find our package where it stands.
+      start "$1" env -u PYTHONPATH -u PYTHONSAFEPATH PATH="$worker_python/bin:$PATH" \
+        "$worker_python/bin/python" "$here/worker_pool.py" --service_port="$pool_port" \
+        --executable="$cluster/start-worker.sh" --folder="$cluster/workers"
+      ;;
+  esac
+}
+
 up() {
-  local number
-  if [[ -n $(running) ]]; then
-    status
-    fail "something of this cluster runs already: end it with \`deploy/flink/cluster.sh down\`"
-  fi
+  local name number port names=()
   check_tools
   job_server=$("$here/build-job-server.sh")
   make_once "$flink" fetch_flink
@@ -211,22 +222,21 @@ up() {
     make_once "$worker_python" copy_python
     packages >"$worker_python/made-from"
   fi
-  for port in "$rest_port" "$rpc_port" "$pool_port"; do
-    ! answers "$port" || fail "port $port is taken: choose others (\`deploy/flink/cluster.sh help\` names the settings)"
-  done
-  rm -rf "$cluster"
-  mkdir -p "$FLINK_LIB_DIR" "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$cluster/workers"
-  link_libraries
-  write_settings
-  write_worker_starter
-  start jobmanager "$flink/bin/jobmanager.sh" start-foreground
-  for ((number = 1; number <= task_managers; number++)); do
-    start "taskmanager-$number" "$flink/bin/taskmanager.sh" start-foreground
-  done
-  # Started beside the repository, not in it: a worker must not find our package where it stands.
-  start pool env -u PYTHONPATH -u PYTHONSAFEPATH PATH="$worker_python/bin:$PATH" \
-    "$worker_python/bin/python" "$here/worker_pool.py" --service_port="$pool_port" \
-    --container_executable="$cluster/start-worker.sh"
+  if [[ -n $(started) && -n $(running) ]]; then
+    while read -r name _; do names+=("$name"); done < <(stopped) # The rest goes on as it is.
+  else
+    for port in "$rest_port" "$rpc_port" "$pool_port"; do
+      ! answers "$port" || fail "port $port is taken: choose others (\`deploy/flink/cluster.sh help\` names the settings)"
+    done
+    rm -rf "$cluster"
+    mkdir -p "$FLINK_LIB_DIR" "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$cluster/workers"
+    link_libraries
+    write_settings
+    write_worker_starter
+    names=(jobmanager pool)
+    for ((number = 1; number <= task_managers; number++)); do names+=("taskmanager-$number"); done
+  fi
+  for name in ${names[@]+"${names[@]}"}; do start_part "$name"; done
   wait_until_ready || {
     tail -n 20 "$FLINK_LOG_DIR"/*.out >&2
     down
@@ -249,13 +259,21 @@ answers() {
 wait_until_ready() {
   local deadline=$((SECONDS + 120))
   while ((SECONDS < deadline)); do
-    if answers "$pool_port" && [[ $(registered) == "$task_managers" ]]; then
+    if answers "$pool_port" && [[ $(registered) == "$task_managers" ]] && all_registered; then
       return
     fi
-    anything_stopped && return 1
+    [[ -z $(stopped) ]] || return 1
     sleep 0.5
   done
   return 1
+}
+
+# The JobManager takes a while to miss one that is gone, so each must say for itself that it is known.
+all_registered() {
+  local number
+  for ((number = 1; number <= task_managers; number++)); do
+    grep -q 'Successful registration at resource manager' "$FLINK_LOG_DIR/taskmanager-$number.out" || return 1
+  done
 }
 
 # Prints how many TaskManagers the JobManager knows.
@@ -290,12 +308,12 @@ running() {
   done 2>/dev/null
 }
 
-anything_stopped() {
+# Prints those of them that run no longer.
+stopped() {
   local name id
   while read -r name id; do
-    kill -0 "$id" 2>/dev/null || return 0
-  done < <(started)
-  return 1
+    [[ $(readlink "/proc/$id/cwd") == "$run"* ]] || printf '%s %s\n' "$name" "$id"
+  done < <(started) 2>/dev/null
 }
 
 down() {
@@ -311,21 +329,16 @@ down() {
 }
 
 status() {
-  local name id stopped=0
+  local name id
   if [[ -z $(started) ]]; then
     echo "no cluster runs in $cluster"
     return 1
   fi
   while read -r name id; do
-    if [[ $(readlink "/proc/$id/cwd") == "$run"* ]]; then
-      echo "$name runs (process $id)"
-    else
-      echo "$name has stopped"
-      stopped=1
-    fi
+    if [[ $(stopped) == *"$name $id"* ]]; then echo "$name has stopped"; else echo "$name runs (process $id)"; fi
   done < <(started)
   echo "TaskManagers at http://localhost:$rest_port: $(registered)"
-  return "$stopped"
+  [[ -z $(stopped) ]]
 }
 
 case ${1:-} in
