@@ -1,6 +1,7 @@
 """EmbedDocuments and its model handler: the encoder as a Beam RunInference; the only file that knows Beam and torch."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -328,6 +329,7 @@ class EncoderModelHandler(ModelHandler[TokenizedDocument, Encoded | Failed, Load
                 f"checkpoint {self._checkpoint!r} on this worker has the fingerprint {loaded.fingerprint}, but the job "
                 f"was started with {self._expected_fingerprint}: give all machines the same release and checkpoint"
             )
+        _logger.info("process %d has loaded the encoder on %s", os.getpid(), loaded.device)
         return loaded
 
     def run_inference(
