@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv where needed, then hands over to `python -m pipeline`; `./launch.sh --help` tells more.
+# Sets up .venv where needed, then hands over to the program; `./launch.sh --help` tells more.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -177,8 +177,8 @@ is_ready || set_up
 if [[ $1 == test ]]; then
   run_checks "${@:2}"
 else
-  # The folder of the caller stays current, and its paths mean what they say; Python, also each worker's, must not
-  # import a `pipeline` that happens to lie in it.
+  # The folder of the caller stays current, and its paths mean what they say; Python must not import a `pipeline` that
+  # happens to lie in it, as `python -m` would. Worker processes heed the variable, from Python 3.11 on.
   export PYTHONSAFEPATH=1
-  exec "$venv/bin/python" -m pipeline "$@"
+  exec "$venv/bin/embed-corpus" "$@"
 fi

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -125,6 +126,8 @@ def plan(options: EmbedOptions) -> Job:
     started = time.time()
     if is_in_process(options.runner):  # Elsewhere the workers' hardware decides, when they load the model.
         resolve_dtype(options.dtype, resolve_device(options.device))
+    if _worker_processes(options.beam_options) is not None:
+        _check_imports_of_processes()
     storage.check_url(options.output)
     if flink.is_flink(options.runner):
         options = replace(options, beam_options=tuple(prepare(options.beam_options)))
@@ -228,6 +231,23 @@ def _worker_processes(beam_options: Sequence[str]) -> int | None:
     """Returns how many processes the in-process runner starts: None where none, 0 where one for each core."""
     direct = PipelineOptions(list(beam_options)).view_as(DirectOptions)
     return direct.direct_num_workers if direct.direct_running_mode == "multi_processing" else None
+
+
+def _check_imports_of_processes() -> None:
+    """Raises ValueError where worker processes would import other packages than these.
+
+    Beam starts them with `python -m`, which looks into the current folder first, unless it is told not to and is Python
+    3.11 or later.
+    """
+    if sys.version_info >= (3, 11) and os.environ.get("PYTHONSAFEPATH"):
+        return
+    for own in Path(__file__).parent, Path(storage.__file__).parent:
+        for found in Path.cwd() / own.name, Path.cwd() / f"{own.name}.py":
+            if found.exists() and not found.samefile(own):
+                raise ValueError(
+                    f"worker processes would import {found} in place of this program's {own.name}: run it from another "
+                    "folder, or with PYTHONSAFEPATH=1 on Python 3.11 or later"
+                )
 
 
 def _threads_per_process(options: EmbedOptions) -> int | None:

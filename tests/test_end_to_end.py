@@ -295,6 +295,22 @@ def run_command(*options: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
+def test_worker_processes_that_would_import_another_package_are_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    options = ["--direct_running_mode=multi_processing", "--direct_num_workers=2", "--checkpoint=nowhere"]
+    (tmp_path / "transforms.py").touch()
+    message = failure_of(capfd, *options, output="out")
+    assert message.startswith(f"worker processes would import {tmp_path}/transforms.py in place of this program's")
+    (tmp_path / "pipeline").mkdir()  # A namespace package, where this one is installed as editable.
+    message = failure_of(capfd, *options, output="out")
+    assert message.startswith(f"worker processes would import {tmp_path}/pipeline in place of this program's pipeline:")
+    assert failure_of(capfd, *options[2:], output="out").startswith("no checkpoint 'nowhere'")
+    if sys.version_info >= (3, 11):
+        monkeypatch.setenv("PYTHONSAFEPATH", "1")
+        assert failure_of(capfd, *options, output="out").startswith("no checkpoint 'nowhere'")
+
+
 def test_other_storage_is_read_with_the_options_that_beam_has_for_it(tmp_path, tiny_checkpoint, monkeypatch, capfd):
     def tell_region(filesystem, patterns, limits=None):
         region = filesystem._options.view_as(S3Options).s3_region_name

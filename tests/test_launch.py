@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TOOLS = ("bash", "cat", "dirname", "env", "mkdir", "mv", "rm", "sleep", "tr")
 
-# Makes a .venv whose `python -m pipeline` says how it was called, and whose checks can fail.
+# Makes a .venv whose program says how it was called, and whose checks can fail.
 UV = f"""#!/usr/bin/env bash
 echo "$1 in $PWD index=${{UV_DEFAULT_INDEX:-}} extra=${{UV_INDEX:-}} cert=${{SSL_CERT_FILE:-}}: $*" >>"$LOG"
 [[ -z ${{FAIL:-}} || $1 != "$FAIL" ]] || exit 1
@@ -23,14 +23,12 @@ case $1 in
   venv)
     mkdir "$venv" || exit 1
     mkdir "$venv/bin"
-    cat >"$venv/bin/python" <<'END'
+    printf '#!/usr/bin/env bash\\nexec "{sys.executable}" "$@"\\n' >"$venv/bin/python"
+    cat >"$venv/bin/embed-corpus" <<'END'
 #!/usr/bin/env bash
-if [[ $1 == -m ]]; then
-  exec "{sys.executable}" -c 'import json, os, sys
+exec "{sys.executable}" -c 'import json, os, sys
 print(json.dumps({{"cwd": os.getcwd(), "safe_path": os.environ.get("PYTHONSAFEPATH"), "argv": sys.argv}}))
 sys.exit(7)' "$@"
-fi
-exec "{sys.executable}" "$@"
 END
     for name in ruff mypy pytest; do
       printf '#!/usr/bin/env bash\\necho "check in $PWD: %s $*"\\n[[ ${{FAIL:-}} != %s ]]\\n' $name $name \\
@@ -160,9 +158,23 @@ def test_a_word_and_its_options_reach_the_pipeline_as_they_were_given(checkout):
     assert json.loads(result.stdout) == {
         "cwd": str(checkout.elsewhere),
         "safe_path": "1",
-        "argv": ["-c", "-m", "pipeline", "local", "--input", "a b/*.txt", "", "--x=$y"],
+        "argv": ["-c", "local", "--input", "a b/*.txt", "", "--x=$y"],
     }
     assert result.returncode == 7
+
+
+def test_a_package_of_the_same_name_where_the_caller_stands_is_not_imported(tmp_path):
+    """Nor on Python 3.10, which does not know PYTHONSAFEPATH."""
+    for name in ("pipeline", "transforms"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('this is another package')")
+    program = Path(sys.executable).with_name("embed-corpus")
+    if not program.exists():
+        pytest.skip("the package is not installed in this environment")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    result = subprocess.run([program, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: ")
 
 
 def test_the_first_call_installs_the_tested_versions_in_the_checkout(checkout):
