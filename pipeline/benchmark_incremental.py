@@ -109,6 +109,7 @@ def _timed(source: Path, output: Path, options: Sequence[str]) -> Timed:
     started = time.perf_counter()
     watcher = threading.Thread(target=watch)
     job = embed.plan(parse([f"--input={source}", f"--output={output}", *options]))
+    assert job is not None  # Only with --skip_unchanged.
     planned = time.perf_counter()
     watcher.start()
     try:

@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -33,6 +33,8 @@ from transforms import storage
 from transforms.checkpoint import cache_folder
 from transforms.fingerprint import describe_checkpoint
 from transforms.hardware import resolve_device, resolve_dtype
+from transforms.input_digest import input_digest
+from transforms.inputs import InputPlan
 from transforms.publish import abandon, check_not_overtaken, claim, is_running
 from transforms.read import ReadDocuments, plan_inputs
 from transforms.reconcile import REPORT_FILE, Run
@@ -63,8 +65,9 @@ def embed(options: EmbedOptions) -> int:
     """Embeds a corpus and publishes a snapshot.
 
     Returns:
-      `PUBLISHED`, or `NOT_PUBLISHED` where too much was rejected or the counts disagree; 0 too where the job was only
-      shown, or described for a template's launcher, which starts it once this program has ended.
+      `PUBLISHED`, or `NOT_PUBLISHED` where too much was rejected or the counts disagree; 0 too where nothing changed
+      and that was to be skipped, and where the job was only shown, or described for a template's launcher, which starts
+      it once this program has ended.
 
     Raises:
       ValueError: an option does not fit the input, or the checkpoint is damaged.
@@ -78,6 +81,9 @@ def embed(options: EmbedOptions) -> int:
         print(describe_job(options))
         return PUBLISHED
     job = plan(options)
+    if job is None:
+        print(f"nothing changed since the last snapshot in {options.output}: there is nothing to publish")
+        return PUBLISHED
     if dataflow.is_dataflow(options.runner) and dataflow.is_launch(options.beam_options):
         _run_pipeline(job)
         print(f"described snapshot={job.run.name} of {job.run.output}; the launcher starts the job")
@@ -121,8 +127,12 @@ def run(job: Job) -> dict[str, Any]:
     return _outcome(job.run)
 
 
-def plan(options: EmbedOptions) -> Job:
-    """Checks options against the machine, the input, the checkpoint and the output, and claims a snapshot's name."""
+def plan(options: EmbedOptions) -> Job | None:
+    """Checks options against the machine, the input, the checkpoint and the output, and claims a snapshot's name.
+
+    Returns:
+      The job; None where nothing changed since the last snapshot, and such a run is to be skipped.
+    """
     started = time.time()
     if is_in_process(options.runner):  # Elsewhere the workers' hardware decides, when they load the model.
         resolve_dtype(options.dtype, resolve_device(options.device))
@@ -147,6 +157,10 @@ def plan(options: EmbedOptions) -> Job:
     latest = _latest(options.output, options.full)
     found_work = list_work(options.output)
     versions = _versions()
+    digest = _digest(options, inputs, encoder["fingerprint"], versions, started) if options.skip_unchanged else None
+    unchanged = latest is not None and digest is not None and latest.manifest.get("input_digest") == digest
+    if unchanged and not options.full and not found_work:
+        return None
     name = claim(options.output, datetime.fromtimestamp(started, timezone.utc), token)
     run = Run(
         output=options.output,
@@ -163,6 +177,7 @@ def plan(options: EmbedOptions) -> Job:
         # A living run's work is left to it: it may still publish, or the run after it take it up.
         finished_work=[*(run for run in found_work if not is_running(options.output, run)), name],
         seconds_per_token=latest.manifest.get("seconds_per_token") if latest and not options.full else None,
+        input_digest=digest,
     )
     return Job(
         run=run,
@@ -182,6 +197,25 @@ def plan(options: EmbedOptions) -> Job:
         beam_options=options.beam_options,
         encoder_hints=dataflow.encoder_hints(options.gpu, options.gpu_everywhere),
     )
+
+
+def _digest(
+    options: EmbedOptions, inputs: InputPlan, fingerprint: str, versions: Mapping[str, str], started: float
+) -> str | None:
+    """Returns the digest of everything the rows of the snapshot depend on."""
+    settings = {
+        "encoder": fingerprint,
+        "embed-corpus": versions["embed-corpus"],
+        "input_format": inputs.input_format,
+        "text_fields": inputs.text_fields,
+        "id_field": inputs.id_field,
+        "kept_fields": str(inputs.kept_fields),
+        "max_document_bytes": options.max_document_bytes,
+        "rows_per_shard": options.rows_per_shard,
+        "compression": options.compression,
+        "max_rejected_fraction": options.max_rejected_fraction,
+    }
+    return input_digest(inputs.patterns, settings, started)
 
 
 def _sample(options: EmbedOptions) -> str:

@@ -32,6 +32,7 @@ class EmbedOptions:
       rows_per_shard: the most rows of a file.
       compression: Parquet codec.
       full: whether the last snapshot and saved work are ignored.
+      skip_unchanged: whether a run that finds nothing changed ends at once.
       max_rejected_fraction: of the records read; more is not published.
       keep_snapshots: how many published snapshots stay; all where None.
       checkpoint: the encoder's.
@@ -57,6 +58,7 @@ class EmbedOptions:
     rows_per_shard: int
     compression: str
     full: bool
+    skip_unchanged: bool
     max_rejected_fraction: float
     keep_snapshots: int | None
     checkpoint: str
@@ -138,6 +140,8 @@ def _for_dataflow(options: EmbedOptions, output: str | None) -> EmbedOptions:
     )
     if output is None and options.bucket is not None:
         options = replace(options, output=f"{dataflow.bucket_folder(options.bucket)}/output")
+    if options.skip_unchanged and dataflow.is_launch(beam_options):
+        raise ValueError("--skip_unchanged has no place in a template's launch, which must start a job: leave it out")
     dataflow.check_paths(options.input, options.output, options.checkpoint, beam_options)
     device = dataflow.device_for(options.device, options.gpu, beam_options)
     return replace(options, device=device, beam_options=tuple(beam_options))
@@ -273,6 +277,12 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         "--full",
         action="store_true",
         help="encode every text anew: ignore the vectors of the last snapshot and of unfinished runs",
+    )
+    group.add_argument(
+        "--skip_unchanged",
+        action="store_true",
+        help="end with status 0 and publish nothing where no input file (by path, size and time), option or checkpoint "
+        "changed since a run with this option published",
     )
     group.add_argument(
         "--max_rejected_fraction",

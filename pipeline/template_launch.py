@@ -26,7 +26,7 @@ _ENVIRONMENT = {
 _PARAMETERS_OF_BEAM = ("dataflow_service_options", "sdk_container_image")
 """Options of Beam that are parameters of the template, beside all of ours but `_NO_PARAMETERS`."""
 
-_NO_PARAMETERS = ("device", "dry_run")
+_NO_PARAMETERS = ("device", "dry_run", "skip_unchanged")
 
 _NUMBERS = ("diskSizeGb", "maxWorkers", "numWorkers")
 

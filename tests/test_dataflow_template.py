@@ -31,6 +31,7 @@ LEFT_OUT = {
     "help": "there is nobody to read it",
     "help_beam": "there is nobody to read it",
     "runner": "always Dataflow",
+    "skip_unchanged": "the launcher must start a job",
 }
 """Options of `embed` that are no parameters, and why."""
 

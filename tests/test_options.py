@@ -20,6 +20,7 @@ DEFAULTS = {
     "rows_per_shard": 250_000,
     "compression": "zstd",
     "full": False,
+    "skip_unchanged": False,
     "max_rejected_fraction": 0.01,
     "keep_snapshots": None,
     "checkpoint": "default",
@@ -47,6 +48,7 @@ GIVEN = {
     "rows_per_shard": 10,
     "compression": "none",
     "full": True,
+    "skip_unchanged": True,
     "max_rejected_fraction": 0.5,
     "keep_snapshots": 3,
     "checkpoint": "gs://bucket/head",
@@ -85,10 +87,26 @@ def test_the_defaults():
 
 
 def test_every_option_is_taken():
-    argv = ["--full", "--gpu_everywhere", "--dry_run", "--keep_fields=lang,stars:int16", *GIVEN["beam_options"][1:]]
+    argv = [
+        "--full",
+        "--skip_unchanged",
+        "--gpu_everywhere",
+        "--dry_run",
+        "--keep_fields=lang,stars:int16",
+        *GIVEN["beam_options"][1:],
+    ]
     for name in ("input", "text_field"):
         argv += [word for value in GIVEN[name] for word in (f"--{name}", value)]
-    skipped = {"full", "gpu_everywhere", "dry_run", "keep_fields", "input", "text_field", "beam_options"}
+    skipped = {
+        "full",
+        "skip_unchanged",
+        "gpu_everywhere",
+        "dry_run",
+        "keep_fields",
+        "input",
+        "text_field",
+        "beam_options",
+    }
     argv += [f"--{name}={value}" for name, value in GIVEN.items() if name not in skipped]
     parsed = dataclasses.asdict(parse(argv))
     assert set(GIVEN["beam_options"]) <= set(parsed.pop("beam_options"))
@@ -221,7 +239,7 @@ def test_help_groups_the_options_and_says_units_and_defaults(capsys, monkeypatch
     }
     names = {field.name for field in dataclasses.fields(EmbedOptions)} - {"beam_options"}
     assert set(described) == names | {"help_beam"}
-    for name in names - {"full", "gpu_everywhere", "dry_run"}:
+    for name in names - {"full", "skip_unchanged", "gpu_everywhere", "dry_run"}:
         assert "default" in described[name], name
     for name in ("rows_per_shard", "max_document_bytes", "max_tokens", "max_batch_tokens", "max_rejected_fraction"):
         unit = name.rpartition("_")[2].replace("shard", "rows").upper()

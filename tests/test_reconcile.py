@@ -148,6 +148,7 @@ def test_the_manifest_says_everything_and_is_valid(tmp_path):
         ],
         "versions": {"python": "3.11"},
         "options": {"input": ["corpus.jsonl"]},
+        "input_digest": None,
     }
     json.dumps(manifest, allow_nan=False)
 

@@ -41,6 +41,7 @@ class Run:
       keep_snapshots: how many published snapshots stay; all where None.
       finished_work: names of runs whose work this snapshot makes useless, its own included.
       seconds_per_token: of encoding, by the last snapshot; to tell what known vectors saved.
+      input_digest: of what the snapshot is made from; None where nobody asked for it.
     """
 
     output: str
@@ -56,6 +57,7 @@ class Run:
     keep_snapshots: int | None = None
     finished_work: Sequence[str] = ()
     seconds_per_token: float | None = None
+    input_digest: str | None = None
 
     @property
     def folder(self) -> str:
@@ -119,6 +121,7 @@ def build_manifest(
         "rejected_files": [_described(file) for file in _in_order(rejected)],
         "versions": dict(run.versions),
         "options": dict(run.options),
+        "input_digest": run.input_digest,
     }
 
 

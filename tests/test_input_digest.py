@@ -1,0 +1,97 @@
+"""A run that finds nothing changed: what counts as a change, and what `--skip_unchanged` does then."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from embed_runs import PUBLISHED, embed, latest
+
+from pipeline.options import parse
+from transforms import storage
+from transforms.input_digest import input_digest
+from transforms.snapshots import list_published
+
+LONG_AGO = 1_700_000_000.0
+
+
+def write(path: Path, texts: dict[str, str], modified_seconds: float = LONG_AGO) -> Path:
+    path.write_text("".join(json.dumps({"id": id_, "text": text}) + "\n" for id_, text in texts.items()))
+    os.utime(path, (modified_seconds, modified_seconds))
+    return path
+
+
+def test_files_and_settings_decide_the_digest(tmp_path):
+    write(tmp_path / "a.jsonl", {"1": "one"})
+    pattern = str(tmp_path / "*.jsonl")
+
+    def digest(**settings) -> str | None:
+        return input_digest([pattern], {"encoder": "e"} | settings, time.time())
+
+    first = digest()
+    assert first == digest()
+    assert first is not None
+    digests = [first, digest(encoder="other")]
+    write(tmp_path / "a.jsonl", {"1": "two"}, LONG_AGO + 1)  # As long as it was.
+    digests.append(digest())
+    write(tmp_path / "a.jsonl", {"1": "longer"}, LONG_AGO + 1)
+    digests.append(digest())
+    write(tmp_path / "b.jsonl", {"2": "two"})
+    digests.append(digest())
+    (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")
+    digests.append(digest())
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_file_written_just_now_has_no_digest_yet(tmp_path):
+    """It may be written once more in the same moment, at the same size."""
+    path = write(tmp_path / "a.jsonl", {"1": "one"}, LONG_AGO)
+    assert input_digest([str(path)], {}, LONG_AGO + 5) is None
+    assert input_digest([str(path)], {}, LONG_AGO + 15) is not None
+
+
+def test_remote_files_have_a_digest_too(gcs_bucket):
+    storage.create_exclusively(f"{gcs_bucket}/a.txt", b"one\n")
+    patterns = [f"{gcs_bucket}/*.txt"]
+    later = time.time() + 60
+    first = input_digest(patterns, {}, later)
+    assert first is not None
+    assert first == input_digest(patterns, {}, later)
+    assert input_digest(patterns, {}, time.time()) is None
+    storage.create_exclusively(f"{gcs_bucket}/b.txt", b"two\n")
+    assert input_digest(patterns, {}, later) != first
+
+
+def test_a_run_that_finds_nothing_changed_ends_without_a_snapshot(tmp_path, tiny_checkpoint, capfd):
+    source, output = write(tmp_path / "a.jsonl", {"1": "read a file", "2": "a zip archive"}), tmp_path / "out"
+    options = [f"--input={source}", f"--checkpoint={tiny_checkpoint}", "--skip_unchanged"]
+    assert embed(*options, output=output) == PUBLISHED
+    (first,) = list_published(str(output))
+    capfd.readouterr()
+
+    assert embed(*options, output=output) == PUBLISHED
+    assert capfd.readouterr().out == (
+        f"nothing changed since the last snapshot in {output}: there is nothing to publish\n"
+    )
+    assert list_published(str(output)) == [first]
+    assert [name for name in os.listdir(output) if name.startswith("snapshot=")] == [f"snapshot={first}"]
+
+    for changed in ([*options, "--max_tokens=7"], [*options, "--full"], options[:2]):
+        before = len(list_published(str(output)))
+        assert embed(*changed, output=output) == PUBLISHED
+        assert len(list_published(str(output))) == before + 1
+
+    # The last of these runs was without the option, and left nothing to compare with.
+    assert latest(output).manifest["input_digest"] is None
+    assert embed(*options, output=output) == PUBLISHED
+    write(source, {"1": "read a file", "2": "a tar archive"}, LONG_AGO + 60)
+    assert embed(*options, output=output) == PUBLISHED
+    assert latest(output).manifest["counts"]["texts_encoded"] == 1
+
+
+def test_a_templates_launch_must_start_a_job(capsys):
+    argv = "--runner=dataflow --project=p --region=r --temp_location=gs://bucket/t --output=gs://bucket/o".split()
+    with pytest.raises(SystemExit):
+        parse([*argv, "--input=gs://bucket/a.txt", "--template_location=gs://bucket/job", "--skip_unchanged"])
+    assert "--skip_unchanged has no place in a template's launch" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""Sums up the files and settings a snapshot is made from, so that a later run can tell that none of them changed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from transforms.files import match_files
+
+SETTLED_SECONDS = 10.0
+"""How long before a listing a file must have been written last: one written since may change once more, unseen, at the
+same time and size. Wide enough for the clocks of two machines."""
+
+
+def input_digest(patterns: Sequence[str], settings: Mapping[str, Any], now: float) -> str | None:
+    """Returns a SHA-256 over the files' paths, sizes and times of last writing, and over settings.
+
+    Args:
+      patterns: globs, local or gs://.
+      settings: all else that the rows of a snapshot depend on.
+      now: seconds since the epoch, taken before the listing.
+
+    Returns:
+      The digest in hex; None where a file was written too shortly before for its time to tell.
+
+    Raises:
+      OSError: a glob matches nothing, or a file cannot be read.
+    """
+    files: dict[str, tuple[int, float]] = {}
+    for pattern in patterns:
+        modified_seconds = _modified_seconds(pattern)
+        for file in match_files(pattern):
+            files[file.path] = file.size_bytes, modified_seconds.get(file.path) or os.stat(file.path).st_mtime
+    if max(seconds for _, seconds in files.values()) > now - SETTLED_SECONDS:
+        return None
+    content = json.dumps([sorted(files.items()), dict(settings)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _modified_seconds(pattern: str) -> dict[str, float]:
+    """Returns when each remote file that a glob matches was written last; nothing of local ones."""
+    if FileSystems.get_scheme(pattern) is None:
+        return {}
+    (match,) = FileSystems.match([pattern])
+    return {file.path: file.last_updated_in_seconds for file in match.metadata_list}
