@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,10 @@ def is_alive(process: Mapping[str, Any]) -> bool:
 
 def _numbering() -> dict[str, str | None]:
     """Returns within what process numbers mean something: a machine, since it started, and a namespace of it."""
-    try:
+    boot = namespace = None
+    with suppress(OSError):
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink(_PROC / "self/ns/pid")
-    except OSError:
-        boot = namespace = None
     return {"host": socket.gethostname(), "boot": boot, "namespace": namespace}
 
 
