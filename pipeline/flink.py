@@ -210,8 +210,8 @@ def given_of(overview: Mapping[str, Any], beam_options: Sequence[str]) -> list[s
     total, free = overview["slots-total"], overview["slots-available"]
     if total and not free:
         raise ValueError(
-            f"all {total} slots of the cluster are taken, and {overview['jobs-running']} jobs run there: wait for them, "
-            "or cancel them; --parallelism N has the job wait there, for as long as the cluster's "
+            f"all {total} slots of the cluster are taken, and {overview['jobs-running']} jobs run there: wait for "
+            "them, or cancel them; --parallelism N has the job wait there, for as long as the cluster's "
             "slot.request.timeout, five minutes unless it is set"
         )
     return [f"--parallelism={free}"] if free else []

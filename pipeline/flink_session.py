@@ -16,7 +16,6 @@ from apache_beam.options.pipeline_options import DebugOptions, GoogleCloudOption
 from apache_beam.portability import python_urns
 from apache_beam.portability.api import beam_fn_api_pb2
 from apache_beam.runners.portability.flink_runner import FlinkJarJobServer, FlinkRunner
-from apache_beam.runners.portability.portable_runner import PipelineResult
 from apache_beam.runners.worker import sdk_worker_main
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
 from apache_beam.transforms.environments import ExternalEnvironment
@@ -105,7 +104,7 @@ class FlinkSession:
 
 
 def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """Tells of a thread that failed, unless the other side of a connection of Beam's hung up: the job's end says why."""
+    """Tells of a thread that failed, unless the other side of a connection of Beam's hung up: the job tells why."""
     if not isinstance(failed.exc_value, grpc.RpcError):
         threading.__excepthook__(failed)
 
@@ -117,7 +116,7 @@ class _Runner(FlinkRunner):
         super().__init__()
         self._log = log
         self._server: _JobServer | None = None
-        self.result: PipelineResult | None = None
+        self.result: Any = None
         self.is_stopped = False
 
     def run_portable_pipeline(self, pipeline, options):
@@ -152,7 +151,7 @@ class _Runner(FlinkRunner):
                         experiments.experiments or []
                     ),
                 )
-                external = ExternalEnvironment(address).to_runner_api(None)
+                external = ExternalEnvironment(address).to_runner_api(None)  # type: ignore[arg-type] # As Beam does.
                 environment.urn, environment.payload = external.urn, external.payload
                 servers.append(lambda server=server: server.stop(1))
         return servers

@@ -93,7 +93,10 @@ def _java(launcher: str) -> str:
     java = shutil.which(launcher)
     if java is None and launcher == "java" and os.environ.get("JAVA_HOME"):
         java = shutil.which(os.path.join(os.environ["JAVA_HOME"], "bin", "java"))
-    needed = f"Flink needs Java {_MIN_JAVA} or later: install it (on Debian and Ubuntu `apt install openjdk-17-jre-headless`)"
+    needed = (
+        f"Flink needs Java {_MIN_JAVA} or later: install it (on Debian and Ubuntu `apt install "
+        "openjdk-17-jre-headless`)"
+    )
     if java is None:
         raise FlinkError(f"there is no {launcher!r}. {needed}, or name it with --job_server_java_launcher")
     said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False)

@@ -269,8 +269,8 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         "--rows_per_shard",
         type=_positive,
         metavar="ROWS",
-        help=f"the most rows of a Parquet file; default {ROWS_PER_SHARD}, and {flink.ROWS_PER_SHARD} on Flink, which "
-        "holds a file's rows in memory",
+        help=f"the most rows of a Parquet file; on Flink, which holds them in memory, {flink.ROWS_PER_SHARD}; default "
+        f"{ROWS_PER_SHARD}",
     )
     group.add_argument("--compression", choices=COMPRESSIONS, default="zstd", help="of the Parquet files; default zstd")
     group.add_argument(

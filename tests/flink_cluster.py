@@ -1,0 +1,137 @@
+"""A Flink cluster for tests: brings one up with deploy/flink/cluster.sh, and looks at and kills its processes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "deploy" / "flink" / "cluster.sh"
+BUILD = ROOT / "deploy" / "flink" / "build-job-server.sh"
+
+_HARNESS = "apache_beam.runners.worker.sdk_worker_main"
+
+
+def why_not() -> str | None:
+    """Returns why no cluster can be brought up here; None where one can."""
+    if not sys.platform.startswith("linux"):
+        return "deploy/flink/cluster.sh needs Linux"
+    for tool, what in {"java": "Java", "mvn": "Maven", "go": "Go"}.items():
+        if shutil.which(tool) is None:
+            return f"{what} is not installed (no {tool})"
+    return None
+
+
+def free_ports(count: int) -> list[int]:
+    """Returns ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("localhost", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def wait_until(what: str, condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """Returns what a condition gives once that is true; fails after a while."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{what}: not within {seconds} seconds")
+
+
+class Cluster:
+    """A JobManager, two TaskManagers with two slots each, and a worker pool, at ports of their own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rest_port, rpc_port, self.pool_port = free_ports(3)
+        self._environment = os.environ | {
+            "FLINK_CLUSTER": str(folder),
+            "FLINK_REST_PORT": str(self.rest_port),
+            "FLINK_RPC_PORT": str(rpc_port),
+            "FLINK_POOL_PORT": str(self.pool_port),
+            "PYTHON": sys.executable,
+        }
+
+    def script(self, word: str) -> subprocess.CompletedProcess[str]:
+        """Runs the script, whose processes live on."""
+        return subprocess.run(
+            [SCRIPT, word], env=self._environment, capture_output=True, text=True, check=False, timeout=900
+        )
+
+    def up(self) -> None:
+        """Starts what does not run."""
+        done = self.script("up")
+        assert done.returncode == 0, done.stderr
+
+    @property
+    def loopback(self) -> list[str]:
+        """Options for a job whose work is done by its submitter."""
+        return [f"--flink_master=localhost:{self.rest_port}", "--environment_type=LOOPBACK"]
+
+    @property
+    def staged(self) -> list[str]:
+        """Options for a job whose work is done by workers that get our package from it."""
+        return [
+            f"--flink_master=localhost:{self.rest_port}",
+            f"--environment_config=localhost:{self.pool_port}",
+        ]
+
+    def ask(self, path: str) -> Any:
+        """Returns what the REST service answers."""
+        with urllib.request.urlopen(f"http://localhost:{self.rest_port}{path}", timeout=10) as answer:
+            return json.load(answer)
+
+    def jobs(self) -> list[str]:
+        """Returns the states of all jobs there have been."""
+        return [job["status"] for job in self.ask("/jobs")["jobs"]]
+
+    def processes(self) -> dict[int, str]:
+        """Returns the command lines of all processes of the cluster by their ids."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.readlink(process / "cwd") == str(self.folder / "run"):
+                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+        return found
+
+    def kill_worker(self) -> None:
+        """Kills a process that does the work, the one that has worked the longest."""
+        workers = [process for process, command in self.processes().items() if _HARNESS in command]
+        os.kill(min(workers), signal.SIGKILL)
+
+    def kill_task_manager(self) -> None:
+        """Kills the first TaskManager."""
+        os.kill(int((self.folder / "pids" / "taskmanager-1.pid").read_text()), signal.SIGKILL)
+
+    def log_lines(self, words: str) -> list[str]:
+        """Returns the lines of the TaskManagers' logs with these words in them."""
+        logs = [path.read_text(errors="replace") for path in (self.folder / "log").glob("taskmanager-*.out")]
+        return [line for log in logs for line in log.splitlines() if words in line]
+
+
+def submit(options: list[Any], **arguments: Any) -> subprocess.Popen[str]:
+    """Starts `python -m pipeline flink` in a process, and a group, of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "flink", *map(str, options)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **arguments,
+    )

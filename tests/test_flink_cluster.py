@@ -1,0 +1,240 @@
+"""The whole job on a real Flink: embedded, and on a cluster of two TaskManagers whose processes are killed."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from embed_runs import PUBLISHED, contents_of, latest
+from flink_cluster import BUILD, Cluster, submit, wait_until, why_not
+
+from pipeline.__main__ import main
+from pipeline.sample import write_sample
+from transforms.snapshots import Snapshot, check_shards, list_work, read_latest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # The first time, what makes up the cluster is fetched and built.
+    pytest.mark.skipif(why_not() is not None, reason=f"no Flink: {why_not()}"),
+]
+
+NUM_DOCUMENTS = 50_000
+NUM_TEXTS = 12_000
+WORDS = "the a of to and in is it read write file zip archive text lines words red green blue fast slow".split()
+TEXTS = [
+    " ".join(random.Random(number).choices(WORDS, k=number % 9 + 3)) + f" {number}" for number in range(NUM_TEXTS + 500)
+]
+
+# One text is shared by a tenth of all documents; ten records have none, and twenty have the id of another.
+DOCUMENTS = [
+    {"id": f"id{number}", "text": TEXTS[0 if number % 10 == 0 else number % NUM_TEXTS], "n": number}
+    for number in range(NUM_DOCUMENTS - 30)
+]
+FAULTY = [{"id": f"none{number}", "n": number} for number in range(10)]
+REPEATED = [document | {"n": -1} for document in DOCUMENTS[:20]]
+
+
+def write_corpus(path: Path, documents: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return path
+
+
+def run(runner: str, options: list[str], output: Path, corpus: Path, *more: str) -> Snapshot:
+    """Embeds a corpus in this process, and returns the snapshot."""
+    given = [f"--input={corpus}", "--device=cpu", "--dtype=float32", f"--output={output}", *options, *more]
+    assert main([runner, *given]) == PUBLISHED
+    return latest(output)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("flink") / "cluster")
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.script("down")
+        assert cluster.processes() == {}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", [*DOCUMENTS, *FAULTY, *REPEATED])
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint) -> list[str]:
+    """Options of all runs with the tiny encoder."""
+    return [f"--checkpoint={tiny_checkpoint}", "--keep_fields=n"]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, corpus, tiny) -> Snapshot:
+    """What the local runner makes of the corpus."""
+    return run("local", [], tmp_path_factory.mktemp("local") / "out", corpus, *tiny)
+
+
+@pytest.fixture(scope="module")
+def remote(cluster, tmp_path_factory, corpus, tiny) -> Snapshot:
+    """What the cluster makes of the corpus, with workers that get our package from the job."""
+    return run("flink", cluster.staged, tmp_path_factory.mktemp("remote") / "out", corpus, *tiny)
+
+
+def sorted_table(snapshot: Snapshot) -> pa.Table:
+    return pa.Table.from_batches([batch for _, batch in snapshot.record_batches()]).sort_by("id")
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    return np.concatenate([chunk.flatten().to_numpy() for chunk in table["embedding"].chunks]).reshape(len(table), -1)
+
+
+def counts_of(snapshot: Snapshot, *but: str) -> dict[str, int]:
+    """Returns the counts; padding is left out, for it depends on which texts meet in a batch."""
+    counts = snapshot.manifest["counts"]
+    return {name: count for name, count in counts.items() if name not in ("padded_tokens", *but)}
+
+
+def assert_equal(one: Snapshot, other: Snapshot, *but: str) -> None:
+    """Asserts that two snapshots hold the same rows and counts, vectors but for their last digits."""
+    check_shards(one)
+    check_shards(other)
+    assert counts_of(one, *but) == counts_of(other, *but)
+    assert one.manifest["rejected_by_reason"] == other.manifest["rejected_by_reason"]
+    assert one.fingerprint == other.fingerprint
+    table, other_table = sorted_table(one), sorted_table(other)
+    assert table.drop_columns("embedding").equals(other_table.drop_columns("embedding"))
+    assert np.sum(vectors_of(table) * vectors_of(other_table), axis=1).min() > 0.99999
+
+
+def assert_nothing_but_snapshots(output: Path) -> None:
+    assert {name.partition("/")[0].partition("=")[0] for name in contents_of(output)} == {"LATEST", "snapshot"}
+
+
+def test_a_cluster_gives_what_the_local_runner_gives(local, remote):
+    assert_equal(local, remote)
+    counts = counts_of(remote)
+    assert (counts["read"], counts["embedded"], counts["rejected"]) == (NUM_DOCUMENTS, NUM_DOCUMENTS - 30, 30)
+    assert counts["texts_encoded"] == len({document["text"] for document in DOCUMENTS})
+    assert remote.manifest["runner"] == "FlinkRunner"
+    assert_nothing_but_snapshots(Path(remote.output))
+
+
+def test_each_task_managers_one_process_loads_the_model_once(cluster, remote):
+    loaded = [re.search(r"process (\d+) has loaded", line) for line in cluster.log_lines("has loaded the encoder")]
+    processes = [found[1] for found in loaded if found]
+    assert len(processes) == 2
+    assert len(set(processes)) == 2
+
+
+def test_docstrings_with_the_default_encoder_give_what_the_local_runner_gives(cluster, tmp_path):
+    lines = write_sample(tmp_path).read_text().splitlines(keepends=True)
+    corpus = tmp_path / "some.jsonl"
+    corpus.write_text("".join(random.Random(5).sample(lines, 250)))
+    options = ["--keep_fields=module,kind"]
+    assert_equal(
+        run("local", [], tmp_path / "local", corpus, *options),
+        run("flink", cluster.loopback, tmp_path / "remote", corpus, *options),
+    )
+
+
+def test_a_second_run_encodes_what_changed_alone(cluster, tmp_path, tiny, local, remote):
+    changed = [document | {"text": TEXTS[NUM_TEXTS + place % 400]} for place, document in enumerate(DOCUMENTS[:500])]
+    new = [{"id": f"new{number}", "text": TEXTS[NUM_TEXTS + 400 + number % 50], "n": 0} for number in range(200)]
+    corpus = write_corpus(tmp_path / "corpus.jsonl", [*changed, *DOCUMENTS[800:], *new])
+    for name, first in {"local": local, "remote": remote}.items():
+        shutil.copytree(first.output, tmp_path / name)
+    second = run("flink", cluster.loopback, tmp_path / "remote", corpus, *tiny)
+    assert_equal(second, run("local", [], tmp_path / "local", corpus, *tiny))
+    counts = counts_of(second)
+    assert (counts["deleted"], counts["embedded"], counts["texts_encoded"]) == (300, 700, 450)
+    assert counts["reused"] == NUM_DOCUMENTS - 30 - 800
+
+
+def test_an_embedded_flink_needs_no_cluster(tmp_path, tiny, corpus):
+    some = tmp_path / "corpus.jsonl"
+    some.write_text("".join(corpus.read_text().splitlines(keepends=True)[:2000]))
+    job_server = f"--flink_job_server_jar={os.popen(str(BUILD)).read().strip()}"
+    assert_equal(
+        run("local", [], tmp_path / "local", some, *tiny),
+        run("flink", [job_server], tmp_path / "flink", some, *tiny),
+    )
+
+
+def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, corpus, tiny, local):
+    """The submitter, the job, a worker, a TaskManager, and once more the submitter, whose job goes on without it."""
+    output = tmp_path / "out"
+    # Tiny batches take their time, so that there is a middle of a run.
+    slow = ["--max_batch_tokens=24", "--device=cpu", "--dtype=float32"]
+    common = [f"--input={corpus}", f"--output={output}", *slow, *tiny]
+
+    def saved() -> set[str]:
+        return {name for name in contents_of(output) if "/vectors-" in name} if output.exists() else set()
+
+    def start_and_save(*options):
+        """Starts a run, and returns it when it has saved work of its own."""
+        before = saved()
+        submitter = submit([*options, *common])
+        wait_until("work is saved, or the run ends", lambda: saved() - before or submitter.poll() is not None, 240)
+        assert submitter.poll() is None, submitter.communicate()
+        return submitter
+
+    def end_of(submitter) -> tuple[int, str]:
+        _, said = submitter.communicate(timeout=240)
+        wait_until("no job runs", lambda: not _ALIVE & set(cluster.jobs()))
+        assert read_latest(str(output)) is None
+        assert len(saved()) >= len(list_work(str(output)))
+        return submitter.returncode, said.splitlines()[-1] if said else ""
+
+    submitter = start_and_save(*cluster.loopback)
+    submitter.kill()
+    assert end_of(submitter)[0] == -signal.SIGKILL
+    wait_until("its job server has ended", lambda: not _job_servers(submitter.pid), 30)
+
+    submitter = start_and_save(*cluster.loopback)
+    submitter.send_signal(signal.SIGINT)
+    assert end_of(submitter) == (130, "interrupted")
+    assert cluster.jobs().count("CANCELED") == 1
+
+    submitter = start_and_save(*cluster.staged)
+    cluster.kill_worker()
+    status, said = end_of(submitter)
+    assert (status, said) == (1, "x")
+
+    submitter = start_and_save(*cluster.staged)
+    cluster.kill_task_manager()
+    status, said = end_of(submitter)
+    assert (status, said) == (1, "x")
+    cluster.up()
+
+    assert len(list_work(str(output))) == 4
+    submitter = submit([*cluster.staged, *common])
+    wait_until("the job runs", lambda: "RUNNING" in cluster.jobs())
+    submitter.kill()
+    submitter.communicate()
+    wait_until("the job ends", lambda: not _ALIVE & set(cluster.jobs()), 240)
+    snapshot = latest(output)
+    assert_equal(snapshot, local, "embedded", "reused", "recovered", "texts_encoded", "tokens")
+    assert snapshot.manifest["counts"]["recovered"] > 0
+    assert_nothing_but_snapshots(output)
+
+
+_ALIVE = {"INITIALIZING", "CREATED", "RUNNING", "FAILING", "CANCELLING", "RESTARTING"}
+
+
+def _job_servers(submitter_id: int) -> list[bytes]:
+    """Returns the command lines of the job servers that a submitter has started."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            commands.append(path.read_bytes())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return [command for command in commands if f"flink_job_server.py\0{submitter_id}\0".encode() in command]
