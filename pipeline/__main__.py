@@ -1,6 +1,7 @@
 """Dispatches the commands; kept short, because Beam pickles what `__main__` defines by value."""
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -96,5 +97,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_and_leave() -> None:
+    """Runs the command of this process, and ends it.
+
+    Where it failed or was interrupted, threads of the job may still compute with what Python takes apart at its end,
+    and the process would be aborted in place of ending with its status.
+    """
+    status = 0
+
+    def leave() -> None:
+        if status:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    atexit.register(leave)  # The first to be registered is the last to be called.
+    status = main()
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _run_and_leave()
