@@ -48,11 +48,16 @@ _BESIDE_THE_POINT = (
 _STATE = re.compile(r"^Pipeline \S+ failed in state [A-Z]+: ")
 """What Beam puts before the message of a runner in another process."""
 
+_REPEATED_TYPE = re.compile(r"^([\w.$]+: )\1+")
+"""Java puts the type of an error before it once for each error it passed through."""
+
 _REMEDIES = {
     "Insufficient number of network buffers": "raise taskmanager.memory.network.min and .max on the cluster, to 256m "
     "say, or give a lower --parallelism",
     "Timeout has occurred: 300000 ms": "the cluster had fewer free slots than --parallelism for five minutes",
     "java.net.ConnectException": "a TaskManager found no worker pool at --environment_config",
+    "CANCELLED: client cancelled": "a worker process has died, killed or out of memory say",
+    "SDK harness closed connection": "a worker process has died, killed or out of memory say",
 }
 """What to do about errors of Flink's that do not say it."""
 
@@ -75,7 +80,7 @@ def root_cause(error: BaseException) -> str:
     text = _STEP.sub("", text)
     if _OWN_TYPE.match(text):
         return _OWN_TYPE.sub("", text)
-    text = _STATE.sub("", _MERE_TYPE.sub("", text))
+    text = _REPEATED_TYPE.sub(r"\1", _STATE.sub("", _MERE_TYPE.sub("", text)))
     for words, remedy in _REMEDIES.items():
         if words in text:
             return f"{text} ({remedy})"

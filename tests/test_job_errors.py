@@ -80,6 +80,50 @@ def test_an_error_of_another_process_is_told_from_its_traceback(after):
     assert root_cause(RuntimeError(own + after)) == "it is full\n  of bees"
 
 
+FLINKS_TEXT = "Pipeline embed-corpus-1_8e5f failed in state FAILED: "
+"""How Beam begins what Flink says."""
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("org.apache.flink.util.FlinkException: no more", "org.apache.flink.util.FlinkException: no more"),
+        (
+            "java.net.ConnectException: java.net.ConnectException: finishConnect(..) failed: Connection refused",
+            "java.net.ConnectException: finishConnect(..) failed: Connection refused (a TaskManager found no worker pool "
+            "at --environment_config)",
+        ),
+        (
+            "io.grpc.StatusRuntimeException: io.grpc.StatusRuntimeException: CANCELLED: client cancelled",
+            "io.grpc.StatusRuntimeException: CANCELLED: client cancelled (a worker process has died, killed or out of "
+            "memory say)",
+        ),
+        (
+            "java.io.IOException: Insufficient number of network buffers: required 512, but only 450 available",
+            "java.io.IOException: Insufficient number of network buffers: required 512, but only 450 available (raise "
+            "taskmanager.memory.network.min and .max on the cluster, to 256m say, or give a lower --parallelism)",
+        ),
+        (f"java.lang.RuntimeException: Error received from SDK harness for instruction 5: {WORKERS_TEXT}", None),
+    ],
+)
+def test_an_error_of_flinks_is_told_once_with_its_remedy(said, told):
+    step = f"it is full\n  of bees (in step Write/Shard-ptransform-12; {HINT})"
+    assert root_cause(RuntimeError(FLINKS_TEXT + said.format("RuntimeError"))) == (told or step)
+
+
+def test_what_a_job_server_says_of_itself_is_not_repeated(caplog):
+    logger = logging.getLogger("apache_beam.utils.subprocess_server")
+    with quiet_beam():
+        logger.warning("Really starting service at localhost:1 with cmd: java")
+        logger.warning("Error bringing up service (attempt 1 of 3): no")
+        logging.error("java.lang.IllegalStateException: SDK harness closed connection")
+        logging.error("something else")
+    assert [record.getMessage() for record in caplog.records] == [
+        "Error bringing up service (attempt 1 of 3): no",
+        "something else",
+    ]
+
+
 def test_an_interrupt_is_known_through_what_beam_makes_of_it():
     error = error_of_a_job(KeyboardInterrupt())
     assert not isinstance(error, KeyboardInterrupt)
