@@ -90,8 +90,8 @@ FLINKS_TEXT = "Pipeline embed-corpus-1_8e5f failed in state FAILED: "
         ("org.apache.flink.util.FlinkException: no more", "org.apache.flink.util.FlinkException: no more"),
         (
             "java.net.ConnectException: java.net.ConnectException: finishConnect(..) failed: Connection refused",
-            "java.net.ConnectException: finishConnect(..) failed: Connection refused (a TaskManager found no worker pool "
-            "at --environment_config)",
+            "java.net.ConnectException: finishConnect(..) failed: Connection refused (a TaskManager found no worker "
+            "pool at --environment_config)",
         ),
         (
             "io.grpc.StatusRuntimeException: io.grpc.StatusRuntimeException: CANCELLED: client cancelled",
