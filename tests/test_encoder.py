@@ -227,7 +227,7 @@ def test_bfloat16_on_a_gpu_agrees_with_float32():
 
 def test_the_default_encoders_fingerprint_stays_what_it_is():
     """Another one, from a library's new version say, would have every user re-encode a whole corpus."""
-    fingerprint = "107fef53525c5baacb3f72bbf8b0174eeb3f7fe55371eb9995fd94a7c2e25453"
+    fingerprint = "6097206cf33da2085778f1cba5887429b9535122dcde3d432789e912ae5206a6"
     assert BertLstmEncoder.from_pretrained("default").fingerprint() == fingerprint
 
 

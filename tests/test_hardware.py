@@ -85,9 +85,26 @@ def test_native_bfloat16_is_only_taken_where_it_is_faster(machine, speed_up, exp
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
 
 
-def test_emulated_bfloat16_is_not_even_timed(machine):
-    machine({"avx2"}, bfloat16_speed_up=9)
+def test_emulated_bfloat16_is_not_even_timed(machine, monkeypatch):
+    machine({"avx2"})
+    monkeypatch.setattr(hardware, "bfloat16_speed_up", lambda: pytest.fail("it would take seconds"))
     assert resolve_dtype("auto", CPU) == torch.float32
+
+
+@pytest.mark.parametrize(("bfloat16_seconds", "speed_up"), [(0.5, 2.0), (2.0, 0.5)])
+def test_the_speed_up_is_float32s_best_time_over_bfloat16s(monkeypatch, bfloat16_seconds, speed_up):
+    clock = [0.0]
+
+    def linear(tokens, weights):
+        clock[0] += 1.0 if tokens.dtype == torch.float32 else bfloat16_seconds
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    bfloat16_speed_up.cache_clear()
+    try:
+        assert bfloat16_speed_up() == speed_up
+    finally:
+        bfloat16_speed_up.cache_clear()
 
 
 @pytest.mark.skipif(not {"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags(), reason="this CPU has no bfloat16")

@@ -231,6 +231,8 @@ def test_embed_documents_embeds_or_rejects_each_document_once(tiny_checkpoint):
         Document("none", None, "made", 90),
         Document("number", 5, "made", 91),
         Document("surrogate", "a \ud800", "made", 92),
+        Document("id \ud800", "zip", "made", 93),
+        Document("field", "zip", "made", 94, {"tags": ["a", {"b": "\ud800"}]}),
     ]
     with run_pipeline() as pipeline:
         embeddings, rejected = (
@@ -249,6 +251,8 @@ def test_embed_documents_embeds_or_rejects_each_document_once(tiny_checkpoint):
         def check_rejected(rows):
             assert sorted((row.id, row.reason, row.source, row.position) for row in rows) == [
                 ("5", "empty_text", "made", 5),
+                ("field", "invalid_utf8", "made", 94),
+                ("id ?", "invalid_utf8", "made", 93),
                 ("none", "missing_text", "made", 90),
                 ("number", "wrong_type", "made", 91),
                 ("surrogate", "invalid_utf8", "made", 92),

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
 from transforms.checkpoint import (
     BERT_FILE,
@@ -28,7 +28,7 @@ from transforms.fingerprint import fingerprint
 from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
 from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
-from transforms.weights import load_bert, load_bert_tokenizer, load_lstm, serialized
+from transforms.weights import check_vocabulary, load_bert, load_bert_tokenizer, load_lstm, serialized
 
 DEFAULT_MAX_TOKENS = 8192
 DEFAULT_WINDOW_TOKENS = 512
@@ -102,11 +102,7 @@ class BertLstmEncoder(nn.Module):
             raise ValueError(f"the LSTM must be one plain layer from {width} to {EMBEDDING_DIM}, not {lstm}")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}")
-        if tokenizer.get_vocab_size() > bert.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer knows {tokenizer.get_vocab_size()} tokens, the BERT only {bert.config.vocab_size}: "
-                "they do not belong together"
-            )
+        check_vocabulary(tokenizer, bert.config)
         self.bert = bert
         self.lstm = lstm
         self.pooling = pooling
@@ -392,5 +388,10 @@ def load_tokenizer(checkpoint: str, max_tokens: int | None = None) -> WindowToke
     """
     folder = checkpoint_folder(checkpoint)
     config = CheckpointConfig.read(folder)
-    tokenizer = load_bert_tokenizer(bert_folder(config.bert, folder))
-    return WindowTokenizer(tokenizer, config.window_tokens, config.max_tokens if max_tokens is None else max_tokens)
+    folder_of_bert = bert_folder(config.bert, folder)
+    positions = BertConfig.from_pretrained(folder_of_bert, local_files_only=True).max_position_embeddings
+    return WindowTokenizer(
+        load_bert_tokenizer(folder_of_bert),
+        min(config.window_tokens, positions),
+        config.max_tokens if max_tokens is None else max_tokens,
+    )

@@ -8,7 +8,7 @@ from transformers import BertConfig
 
 from transforms.checkpoint import CheckpointConfig, checkpoint_folder
 from transforms.tokenization import WindowTokenizer
-from transforms.weights import check_weights, load_bert_tokenizer, load_config, load_lstm, serialized
+from transforms.weights import check_vocabulary, load_bert_tokenizer, load_config, load_lstm, serialized
 
 
 def fingerprint(
@@ -20,7 +20,7 @@ def fingerprint(
     fingerprint can be compared, others not. Device, batch size and type of the numbers change nothing but rounding.
 
     Args:
-      bert_config: of its weights only the shapes are known, and not how they are used.
+      bert_config: how the weights are used; the file may hold more than are.
       bert_sha256: of the file of its weights.
       lstm_sha256: of the LSTM's weights as they would be saved.
       tokenizer: with window and `max_tokens`.
@@ -28,7 +28,12 @@ def fingerprint(
     """
     parts = {
         "bert": bert_sha256,
-        "bert_config": [bert_config.num_attention_heads, bert_config.hidden_act, bert_config.layer_norm_eps],
+        "bert_config": [
+            bert_config.num_hidden_layers,
+            bert_config.num_attention_heads,
+            bert_config.hidden_act,
+            bert_config.layer_norm_eps,
+        ],
         "lstm": lstm_sha256,
         "tokenizer": tokenizer.sha256(),
         "pooling": pooling,
@@ -78,10 +83,11 @@ def describe_checkpoint(checkpoint: str, max_tokens: int | None = None) -> Encod
     folder = checkpoint_folder(checkpoint)
     config = CheckpointConfig.read(folder)
     bert_config, folder_of_bert = load_config(config.bert, folder, config.bert_sha256)
-    check_weights(bert_config, folder_of_bert)
     lstm_sha256 = hashlib.sha256(serialized(load_lstm(folder, config, bert_config.hidden_size))).hexdigest()
+    bert_tokenizer = load_bert_tokenizer(folder_of_bert)
+    check_vocabulary(bert_tokenizer, bert_config)
     tokenizer = WindowTokenizer(
-        load_bert_tokenizer(folder_of_bert),
+        bert_tokenizer,
         min(config.window_tokens, bert_config.max_position_embeddings),
         config.max_tokens if max_tokens is None else max_tokens,
     )

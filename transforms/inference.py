@@ -388,7 +388,7 @@ class _Tokenize(beam.DoFn):
                 )
 
     def process(self, document: Document):
-        text_hash, failure = "", _unusable(document.text)
+        text_hash, failure = "", _unusable(document)
         if failure is None:
             text_hash = content_hash(document.text)
             (tokenized,) = self._tokenizer.tokenize([document.text])
@@ -400,6 +400,7 @@ class _Tokenize(beam.DoFn):
             progress.add("tokens_to_encode", len(tokenized.token_ids) + SPECIAL_TOKENS_PER_WINDOW)
             yield _pack(TokenizedDocument(document, text_hash, tokenized.token_ids, tokenized.truncated))
         else:
+            document = document._replace(id=_clean(document.id), source=_clean(document.source))
             yield beam.pvalue.TaggedOutput(self.FAILED, Failed(document, text_hash, *failure))
 
 
@@ -414,17 +415,35 @@ def _unpack(packed: tuple) -> TokenizedDocument:
     return TokenizedDocument(Document._make(document), text_hash, np.frombuffer(token_ids, np.int32), truncated)
 
 
-def _unusable(text: Any) -> tuple[str, str] | None:
-    """Returns reason and detail where a text, in somebody's own pipeline, is none."""
+def _unusable(document: Document) -> tuple[str, str] | None:
+    """Returns reason and detail where a document, in somebody's own pipeline, cannot be embedded or written."""
+    text: Any = document.text  # Whatever somebody put there.
     if text is None:
         return "missing_text", "the text is None"
     if not isinstance(text, str):
         return "wrong_type", f"the text is of type {type(text).__name__}, not str"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return "invalid_utf8", f"the text holds a lone surrogate: {error}"
+    for name, value in (("text", text), ("id", document.id), ("source", document.source), ("fields", document.fields)):
+        try:
+            _check_utf8(value)
+        except UnicodeEncodeError as error:
+            return "invalid_utf8", f"the document's {name} holds a lone surrogate: {error}"
     return None
+
+
+def _check_utf8(value: Any) -> None:
+    """Raises UnicodeEncodeError where a string in a value cannot be written as UTF-8."""
+    if isinstance(value, str):
+        value.encode("utf-8")
+    elif isinstance(value, dict):
+        for item in value.items():
+            _check_utf8(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_utf8(item)
+
+
+def _clean(value: Any) -> Any:
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
 class _SeparateFailed(beam.DoFn):

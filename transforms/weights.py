@@ -1,7 +1,6 @@
 """Loads the parts of an encoder, BERT, tokenizer and LSTM, from safetensors files; knows no Beam."""
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import safetensors
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import BertConfig, BertModel
 
@@ -42,14 +41,15 @@ def load_bert(
     config, folder = load_config(name, checkpoint, expected_sha256)
     with _WithoutInitialization():
         bert = BertModel(config, add_pooling_layer=False)
-    bert.load_state_dict(_weights(folder / BERT_FILE, bert.state_dict().keys()))
+    weights = {_name(name): tensor for name, tensor in safetensors.torch.load_file(folder / BERT_FILE).items()}
+    bert.load_state_dict({name: weights[name] for name in bert.state_dict()})
     return bert, load_bert_tokenizer(folder), folder / BERT_FILE
 
 
 def load_config(
     name: str, checkpoint: Path | None = None, expected_sha256: str | None = None
 ) -> tuple[BertConfig, Path]:
-    """Loads only a BERT's configuration, and checks that its weights are whole; gives also its folder.
+    """Loads only a BERT's configuration, and checks that its weights are whole and fit it; gives also its folder.
 
     Args:
       name: as in `load_bert`.
@@ -58,26 +58,48 @@ def load_config(
 
     Raises:
       FileNotFoundError: there is no such BERT.
-      ValueError: it is no BERT, or its weights are not those expected.
+      ValueError: it is no encoder, weights are missing or of another shape, or they are not those expected.
     """
     folder = bert_folder(name, checkpoint)
     config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")
     # BertConfig reads any model's file; what it says it is decides.
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = values.get("model_type")
     if model_type != "bert":
         raise ValueError(f"{folder} holds a {model_type!r} model: a 'bert' is needed")
+    for key, needed in (("is_decoder", False), ("position_embedding_type", "absolute")):
+        if values.get(key, needed) != needed:
+            raise ValueError(f"{folder / 'config.json'} says {key} {values[key]!r}: a BERT with {needed!r} is needed")
     expected_sha256 = expected_sha256 or published_sha256(name)
     if expected_sha256 is not None:
         check_sha256(folder / BERT_FILE, expected_sha256)
+    _check_shapes(config, folder / BERT_FILE)
     return config, folder
 
 
-def check_weights(config: BertConfig, folder: Path) -> None:
-    """Raises ValueError unless a folder has all weights of a BERT; reads their names only."""
+def _check_shapes(config: BertConfig, path: Path) -> None:
+    """Raises ValueError unless a file has all weights of a BERT, in their shapes; reads no weights."""
     with torch.device("meta"):
-        names = BertModel(config, add_pooling_layer=False).state_dict().keys()
-    with safetensors.safe_open(folder / BERT_FILE, "pt") as file:
-        _check_complete({_name(name) for name in file.keys()}, names, folder / BERT_FILE)  # noqa: SIM118 - no dict
+        wanted = {name: list(weight.shape) for name, weight in BertModel(config, False).state_dict().items()}
+    with safetensors.safe_open(path, "pt") as file:
+        found = {_name(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dict
+    if missing := sorted(set(wanted) - set(found)):
+        raise ValueError(f"{path} lacks {len(missing)} of the BERT's weights: {', '.join(missing[:3])} ...")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"{path} does not fit its config.json: {name} has the shape {found[name]}, not {shape}; get the two "
+                "files of the same BERT"
+            )
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
+    """Raises ValueError where a tokenizer knows tokens that a BERT does not."""
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer knows {tokenizer.get_vocab_size()} tokens, the BERT only {config.vocab_size}: they do not "
+            "belong together"
+        )
 
 
 def load_bert_tokenizer(folder: Path) -> Tokenizer:
@@ -128,17 +150,6 @@ class _WithoutInitialization(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
-    """Reads the named weights from a file that may have others too and may write names as older BERTs do."""
-    weights = {_name(name): tensor for name, tensor in safetensors.torch.load_file(path).items()}
-    _check_complete(weights, names, path)
-    return {name: weights[name] for name in names}
-
-
 def _name(name: str) -> str:
+    """Returns a weight's name as BERTs have it now; older ones write it in other ways."""
     return name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
-
-
-def _check_complete(found: Collection[str], names: Collection[str], path: Path) -> None:
-    if missing := sorted(set(names) - set(found)):
-        raise ValueError(f"{path} lacks {len(missing)} of the BERT's weights: {', '.join(missing[:3])} ...")
