@@ -446,6 +446,17 @@ def _clean(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
+class _Encode(beam.PTransform):
+    """Packed TokenizedDocuments to Encoded or Failed: all that belongs on the machines with accelerators."""
+
+    def __init__(self, handler: EncoderModelHandler):
+        super().__init__()
+        self._handler = handler
+
+    def expand(self, packed):
+        return packed | "Unpack" >> beam.Map(_unpack) | "RunInference" >> RunInference(self._handler)
+
+
 class _SeparateFailed(beam.DoFn):
     FAILED = "failed"
 
@@ -478,8 +489,7 @@ class EncodeDocuments(beam.PTransform):
             tokenized
             # Keeps reading and tokenizing off the machines with accelerators, and spreads texts over these evenly.
             | "SpreadTexts" >> beam.Reshuffle()
-            | "Unpack" >> beam.Map(_unpack)
-            | "Encode" >> RunInference(self.handler).with_resource_hints(**self.resource_hints)
+            | "Encode" >> _Encode(self.handler).with_resource_hints(**self.resource_hints)
             | "SeparateFailed" >> beam.ParDo(_SeparateFailed()).with_outputs(_SeparateFailed.FAILED, main="encoded")
         )
         return encoded, (unusable, failed) | "FlattenFailed" >> beam.Flatten()
