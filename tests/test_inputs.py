@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,6 +51,32 @@ def test_a_json_array_is_refused_with_what_converts_it(tmp_path, array):
         file.write(array)
     with pytest.raises(ValueError, match=r"a\.json\.gz is .*: decompress it and convert it .* a\.json > a\.jsonl`$"):
         plan(tmp_path / "a.json.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "written"),
+    [
+        ("a.jsonl", "a.jsonl", "a.lines.jsonl"),
+        ("a.JSONL", "a.JSONL", "a.lines.jsonl"),
+        ("a.jsonl.gz", "a.jsonl", "a.lines.jsonl"),
+        ("a.ndjson", "a.ndjson", "a.jsonl"),
+    ],
+)
+def test_what_converts_a_json_array_never_writes_to_the_file_it_reads(tmp_path, name, read, written):
+    data = ONE_LINE.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(ValueError, match=rf"`jq -c '\.\[\]' {re.escape(read)} > {re.escape(written)}`$"):
+        plan(tmp_path / name)
+
+
+@pytest.mark.parametrize("first", ['[{"x": 1}]', "[{}, {}]", "[]", '\ufeff\r\n[{"x": 1}]\r'])
+def test_an_array_on_the_first_line_is_a_bad_record_where_one_other_is_good(tmp_path, first):
+    path = tmp_path / "a.jsonl"
+    path.write_text(first + '\n{"text": "t"}\n', newline="")
+    assert plan(path).text_fields == ("text",)
+    path.write_text(first + "\nno record\n", newline="")
+    with pytest.raises(ValueError, match=r"a\.jsonl is one JSON array"):
+        plan(path)
 
 
 @pytest.mark.parametrize("first", ["[]", "[{}]", "[2026-11-22] begin of the log", '["an", "array"]', "["])

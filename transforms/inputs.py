@@ -1,6 +1,7 @@
 """Looks at the input before a job starts: which files there are, and which fields of which types are in them."""
 
 import itertools
+import json
 import posixpath
 import re
 import shlex
@@ -25,7 +26,7 @@ from transforms.fields import (
 )
 from transforms.files import InputFile, absolute_pattern, match_files, open_file
 from transforms.formats import file_format, parse_json_object
-from transforms.lines import LongLine, read_lines
+from transforms.lines import BYTE_ORDER_MARK, LongLine, read_lines
 from transforms.parquet_rows import CorruptParquetError, ParquetInput, check_columns
 from transforms.records import UnusableRecord
 
@@ -170,8 +171,10 @@ def _peek_file(file: InputFile, format_: str) -> _Peek | None:
         if format_ == "jsonl":
             first = next(chunks, b"")
             records = list(itertools.islice(_json_objects(itertools.chain([first], chunks)), _PEEKED_RECORDS))
-            # Where several lines are objects, the first one is merely a bad record.
-            if len(records) < 2 and _ARRAY_OF_OBJECTS.match(first):
+            # Where other lines are records, a first one that is JSON by itself is merely a bad record. In an array over
+            # several lines, the last item alone may look like one.
+            several = len(records) > 1 or (records and _begins_with_whole_json(first))
+            if not several and _ARRAY_OF_OBJECTS.match(first):
                 raise ValueError(_is_an_array(file.path))
             return _Peek(
                 file.path, format_, list(dict.fromkeys(name for record in records for name in record)), records
@@ -186,10 +189,22 @@ def _peek_file(file: InputFile, format_: str) -> _Peek | None:
         return None
 
 
+def _begins_with_whole_json(start: bytes) -> bool:
+    """Returns whether the first line of a file that is not blank is JSON by itself."""
+    line = start.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")[0]
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _is_an_array(path: str) -> str:
     inner_path, codec = split_codec(path)
     name = posixpath.basename(inner_path)
-    new_name = f"{posixpath.splitext(name)[0]}.jsonl"
+    stem = posixpath.splitext(name)[0]
+    # The shell would empty a file that is written to itself, under another case too where the disk ignores that.
+    new_name = f"{stem}.lines.jsonl" if name.lower() == f"{stem}.jsonl".lower() else f"{stem}.jsonl"
     return (
         f"{path} is one JSON array, not an object on each line: {'decompress it and ' if codec else ''}convert it with "
         f"`jq -c '.[]' {shlex.quote(name)} > {shlex.quote(new_name)}`"
