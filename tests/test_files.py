@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from apache_beam.io.filesystem import BeamIOError
+from apache_beam.io.filesystem import BeamIOError, FileMetadata, MatchResult
 from apache_beam.io.gcp.gcsfilesystem import GCSFileSystem
 
-from transforms.files import InputFile, match_files, open_file
+from transforms.files import InputFile, ListedFile, list_files, match_files, open_file
 
 
 @pytest.fixture
@@ -115,6 +115,23 @@ def test_why_remote_files_cannot_be_listed_is_told_without_what_beam_puts_around
     monkeypatch.setattr(GCSFileSystem, "match", refuse)
     with pytest.raises(OSError, match=r"^cannot list gs://b/x: 403 no access to b$"):
         match_files("gs://b/x")
+
+
+def test_the_time_of_last_writing_is_listed(folder):
+    os.utime("a.txt", (1, 1_700_000_000.5))
+    path = str(folder / "a.txt")
+    for pattern in ("a.txt", "a*.txt"):
+        assert list_files(pattern) == [ListedFile(InputFile(path, 5), 1_700_000_000.5)]
+
+
+def test_a_time_that_storage_does_not_tell_is_none(monkeypatch):
+    found = [FileMetadata("gs://b/y", 2, 5.5), FileMetadata("gs://b/x", 1)]
+    monkeypatch.setattr(GCSFileSystem, "match", lambda *_: [MatchResult("gs://b/*", found)])
+    monkeypatch.setattr(GCSFileSystem, "exists", lambda *_: False)
+    assert list_files("gs://b/*") == [
+        ListedFile(InputFile("gs://b/x", 1), None),
+        ListedFile(InputFile("gs://b/y", 2), 5.5),
+    ]
 
 
 def test_files_are_not_decompressed(folder):

@@ -6,12 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
+from apache_beam.io.filesystem import FileMetadata, MatchResult
+from apache_beam.io.gcp.gcsfilesystem import GCSFileSystem
 from embed_runs import PUBLISHED, embed, latest
 
 from pipeline.options import parse
 from transforms import storage
 from transforms.input_digest import input_digest
 from transforms.snapshots import list_published
+
+pytest_plugins = ["gcs_emulator"]
 
 LONG_AGO = 1_700_000_000.0
 
@@ -61,6 +65,24 @@ def test_remote_files_have_a_digest_too(gcs_bucket):
     assert input_digest(patterns, {}, time.time()) is None
     storage.create_exclusively(f"{gcs_bucket}/b.txt", b"two\n")
     assert input_digest(patterns, {}, later) != first
+
+
+def test_a_remote_file_whose_name_has_brackets_has_a_digest_of_its_own(gcs_bucket):
+    """As a glob its name matches another file."""
+    storage.create_exclusively(f"{gcs_bucket}/a1.txt", b"other\n")
+    storage.create_exclusively(f"{gcs_bucket}/a[1].txt", b"one\n")
+    later = time.time() + 60
+    digests = [input_digest([f"{gcs_bucket}/{name}"], {}, later) for name in ("a[1].txt", "a1.txt", "*.txt")]
+    assert None not in digests
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_remote_file_without_a_time_has_no_digest(monkeypatch):
+    found = [FileMetadata("gs://b/x", 1, LONG_AGO), FileMetadata("gs://b/y", 1)]
+    monkeypatch.setattr(GCSFileSystem, "exists", lambda *_: False)
+    for listed, has_digest in ((found[:1], True), (found, False)):
+        monkeypatch.setattr(GCSFileSystem, "match", lambda *_, listed=listed: [MatchResult("gs://b/*", listed)])
+        assert (input_digest(["gs://b/*"], {}, time.time()) is not None) is has_digest
 
 
 def test_a_run_that_finds_nothing_changed_ends_without_a_snapshot(tmp_path, tiny_checkpoint, capfd):

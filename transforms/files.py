@@ -33,8 +33,25 @@ class InputFile(NamedTuple):
     size_bytes: int
 
 
+class ListedFile(NamedTuple):
+    """A file, and what else its listing tells.
+
+    Attributes:
+      file: as the job reads it.
+      modified_seconds: when it was written last, since the epoch; None where its storage does not tell.
+    """
+
+    file: InputFile
+    modified_seconds: float | None
+
+
 def match_files(pattern: str, limit: int | None = None) -> list[InputFile]:
-    """Returns the files that a glob matches, sorted by path.
+    """Returns the files that a glob matches, sorted by path; see `list_files`."""
+    return [listed.file for listed in list_files(pattern, limit)]
+
+
+def list_files(pattern: str, limit: int | None = None) -> list[ListedFile]:
+    """Returns the files that a glob matches, sorted by path, with the times of their last writing.
 
     `*` matches within a folder, `**` across folders. Local paths become absolute, so that a file has one name whatever
     the glob and the folder of the process.
@@ -49,16 +66,16 @@ def match_files(pattern: str, limit: int | None = None) -> list[InputFile]:
     """
     pattern = absolute_pattern(pattern)
     scheme = FileSystems.get_scheme(pattern)
-    files: Iterable[InputFile]
+    files: Iterable[ListedFile]
     if scheme is None:
         files = [_stat(pattern)] if os.path.lexists(pattern) else _list_local(pattern)
     else:
         _check_scheme(scheme, pattern)
         files = _list_remote(pattern, limit)
-    listed = sorted(itertools.islice(files, limit))
+    listed = sorted(itertools.islice(files, limit), key=lambda found: found.file.path)
     if not listed:
         raise FileNotFoundError(f"no file matches {pattern}")
-    for file in listed:
+    for file, _ in listed:
         try:
             file.path.encode("utf-8")
         except UnicodeEncodeError:
@@ -86,7 +103,7 @@ def _check_scheme(scheme: str, pattern: str) -> None:
         ) from error
 
 
-def _list_remote(pattern: str, limit: int | None) -> Iterator[InputFile]:
+def _list_remote(pattern: str, limit: int | None) -> Iterator[ListedFile]:
     try:
         filesystem = FileSystems.get_filesystem(pattern)
         if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
@@ -98,7 +115,8 @@ def _list_remote(pattern: str, limit: int | None) -> Iterator[InputFile]:
     for file in found:
         # An object whose name ends in a slash stands for a folder.
         if not file.path.endswith("/"):
-            yield InputFile(file.path, file.size_in_bytes)
+            # Beam has 0 for a time that it does not know.
+            yield ListedFile(InputFile(file.path, file.size_in_bytes), file.last_updated_in_seconds or None)
 
 
 def _reason(error: BaseException) -> str:
@@ -107,7 +125,7 @@ def _reason(error: BaseException) -> str:
     return "; ".join(map(_reason, details.values())) if details else str(error)
 
 
-def _list_local(pattern: str) -> Iterator[InputFile]:
+def _list_local(pattern: str) -> Iterator[ListedFile]:
     """Yields the files that an absolute glob matches.
 
     Beam's own listing leaves out broken links and folders that may not be read, and walks through all subfolders.
@@ -136,13 +154,13 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
-def _stat(path: str) -> InputFile:
+def _stat(path: str) -> ListedFile:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a folder: write {os.path.join(path, '*')} for the files in it")
     if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{path} is no regular file: write what it gives to a file first")
-    return InputFile(path, status.st_size)
+    return ListedFile(InputFile(path, status.st_size), status.st_mtime)
 
 
 def absolute_pattern(pattern: str) -> str:

@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
-from transforms.files import match_files
+from transforms.files import list_files
 
 SETTLED_SECONDS = 10.0
 """How long before a listing a file must have been written last: one written since may change once more, unseen, at the
@@ -24,25 +21,16 @@ def input_digest(patterns: Sequence[str], settings: Mapping[str, Any], now: floa
       now: seconds since the epoch, taken before the listing.
 
     Returns:
-      The digest in hex; None where a file was written too shortly before for its time to tell.
+      The digest in hex; None where a file was written too shortly before for its time to tell, or has no time.
 
     Raises:
       OSError: a glob matches nothing, or a file cannot be read.
     """
-    files: dict[str, tuple[int, float]] = {}
+    files: dict[str, tuple[int, float | None]] = {}
     for pattern in patterns:
-        modified_seconds = _modified_seconds(pattern)
-        for file in match_files(pattern):
-            files[file.path] = file.size_bytes, modified_seconds.get(file.path) or os.stat(file.path).st_mtime
-    if max(seconds for _, seconds in files.values()) > now - SETTLED_SECONDS:
+        for file, modified_seconds in list_files(pattern):
+            files[file.path] = file.size_bytes, modified_seconds
+    if any(seconds is None or seconds > now - SETTLED_SECONDS for _, seconds in files.values()):
         return None
     content = json.dumps([sorted(files.items()), dict(settings)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _modified_seconds(pattern: str) -> dict[str, float]:
-    """Returns when each remote file that a glob matches was written last; nothing of local ones."""
-    if FileSystems.get_scheme(pattern) is None:
-        return {}
-    (match,) = FileSystems.match([pattern])
-    return {file.path: file.last_updated_in_seconds for file in match.metadata_list}
