@@ -152,8 +152,9 @@ def output_schema(kept_fields: pa.Schema, metadata: Mapping[str, str]) -> pa.Sch
         )
     for field in kept_fields:
         try:
+            # Nothing is written but to memory: an OSError is of the type, too.
             pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
-        except pa.ArrowNotImplementedError as error:
+        except (pa.ArrowNotImplementedError, OSError) as error:
             raise ValueError(
                 f"kept field {field.name!r} is {field.type}, which Parquet has no type for: give another one, as in "
                 f"--keep_fields {field.name}:string"
