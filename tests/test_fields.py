@@ -248,6 +248,8 @@ def test_cells_cannot_be_lists():
             pa.struct([("a", pa.int32()), ("b", pa.int8())]),
         ),
         (pa.decimal128(5, 2), pa.decimal128(5, 2), pa.decimal128(5, 2)),
+        (pa.list_view(pa.int8()), pa.list_view(pa.int8()), pa.list_view(pa.int8())),
+        (pa.large_list_view(pa.int8()), pa.large_list_view(pa.int8()), pa.large_list_view(pa.int8())),
     ],
 )
 def test_columns_lose_their_encoding_and_times_travel_as_integers(type_, output, storage):

@@ -86,9 +86,10 @@ def storage_type(type_: pa.DataType) -> pa.DataType:
 def column_type(type_: pa.DataType) -> pa.DataType:
     """Returns the type that an input column has in the output: the same, less its encoding.
 
-    Dictionaries and views become what they stand for, extension types their storage, float16 float32, so that every
-    reader of Parquet and every value met later fits. Fixed-size lists become lists: beside a null, as of a record
-    without the field, Arrow itself could not read them back.
+    Dictionaries and views of strings become what they stand for, extension types their storage, float16 float32, so
+    that every reader of Parquet and every value met later fits. Fixed-size lists become lists: beside a null, as of a
+    record without the field, Arrow itself could not read them back. Views of lists stay, with their items as they are:
+    Arrow's cast to lists makes invalid arrays of them, and other readers of Parquet see lists anyway.
     """
     if pa.types.is_dictionary(type_):
         return column_type(type_.value_type)
