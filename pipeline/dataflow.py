@@ -16,6 +16,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipeline.runners import beam_name
+from transforms.checkpoint import is_shipped
 
 ONE_PROCESS = "no_use_multiple_sdk_containers"
 """Experiment: one Python process per worker, whose threads share its model; Dataflow's default is one per core."""
@@ -193,7 +194,7 @@ def check_paths(inputs: Sequence[str], output: str, checkpoint: str, beam_option
             "or leave it out and give --bucket"
         )
     # Whoever launches a template runs in the workers' own image: what is there for it is there for them.
-    if not checkpoint.startswith("gs://") and not re.fullmatch(r"\w+", checkpoint) and not is_launch(beam_options):
+    if not checkpoint.startswith("gs://") and not is_shipped(checkpoint) and not is_launch(beam_options):
         raise ValueError(
             f"--checkpoint {checkpoint!r} is on this machine, where Dataflow's workers cannot read it: copy it to "
             f"gs:// (gcloud storage cp -r {checkpoint} {folder}/checkpoints/) and name it there"

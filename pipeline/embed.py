@@ -214,6 +214,7 @@ def _digest(
         "rows_per_shard": options.rows_per_shard,
         "compression": options.compression,
         "max_rejected_fraction": options.max_rejected_fraction,
+        "keep_snapshots": options.keep_snapshots,
     }
     return input_digest(inputs.patterns, settings, started)
 

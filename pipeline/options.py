@@ -281,8 +281,8 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skip_unchanged",
         action="store_true",
-        help="end with status 0 and publish nothing where no input file (by path, size and time), option or checkpoint "
-        "changed since a run with this option published",
+        help="end with status 0 and publish nothing where no input file (by path, size and time), checkpoint or "
+        "option of input and output changed since a run with this option published",
     )
     group.add_argument(
         "--max_rejected_fraction",

@@ -19,6 +19,7 @@ from pipeline import schedule_entries as entries
 from pipeline.cron_expression import check_cron
 from pipeline.options import EmbedOptions, given_options, parse
 from pipeline.template_launch import launch_request
+from transforms.checkpoint import is_shipped
 
 WORDS = ("local", "prism", "flink", "dataflow")
 """Of `./launch.sh`: `embed` with a runner."""
@@ -89,6 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     if options.dry_run:
         print("error: --dry_run shows the job and runs nothing: leave it out of a schedule", file=sys.stderr)
         return 2
+    if told := _misleading(arguments):
+        print(f"error: {told}", file=sys.stderr)
+        return 2
     if arguments.format != "all":
         try:
             print(_FORMATS[arguments.format](arguments, options), end="")
@@ -102,6 +106,21 @@ def run(arguments: argparse.Namespace) -> int:
         except (_LeftOutError, ValueError) as error:
             print(f"# ---- {name}: left out ----\n# {error}\n")
     return 0
+
+
+def _misleading(arguments: argparse.Namespace) -> str | None:
+    """Returns what a run would take in another way each night than it was meant today."""
+    given = arguments.options
+    if any(word.partition("=")[0] == "--runner" for word in given):
+        return f"--runner contradicts the word {arguments.word!r}: name the runner by the word alone"
+    for place, word in enumerate(given):
+        files = given[place + 1 : place + 3]
+        if word == "--input" and len(files) == 2 and all(map(os.path.isfile, files)):
+            return (
+                f"--input {' '.join(files)} ... are the files of today, and later ones would be left out: put the glob "
+                "in quotes, or write --input before each file"
+            )
+    return None
 
 
 # --- Entries ---
@@ -207,7 +226,7 @@ def _check_seen_by_pod(arguments: argparse.Namespace, options: EmbedOptions, vol
     """
     given = _given(arguments)
     paths = [("input", path) for path in options.input] + [("output", options.output)]
-    if not re.fullmatch(r"\w+", options.checkpoint):
+    if not is_shipped(options.checkpoint):
         paths.append(("checkpoint", options.checkpoint))
     for name, path in paths:
         if "://" not in path and not any(_is_within(path, folder) for folder in volumes):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -292,3 +293,14 @@ class _PlainDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         """Returns that nothing is an alias."""
         return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quotes all but plain words: `1e-3`, `08` and `y` are text to PyYAML, but not to the YAML of Kubernetes."""
+    plain = _PLAIN_TEXT.fullmatch(text) is not None and text.lower() not in _NO_TEXT
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_PLAIN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9/._-]*")
+_NO_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "inf", "nan"}
+_PlainDumper.add_representer(str, _represent_text)

@@ -48,7 +48,7 @@ def launch_request(
     parameters: dict[str, str] = {"output": options.output}
     environment: dict[str, Any] = {}
     for name, value in given.items():
-        if name in ("runner", "project", "region", "bucket", "job_name", "output"):
+        if name in ("runner", "project", "region", "bucket", "output"):
             continue  # The request's address, name, or what follows from the bucket.
         if name in _ENVIRONMENT:
             field = _ENVIRONMENT[name]

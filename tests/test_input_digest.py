@@ -10,10 +10,11 @@ from apache_beam.io.filesystem import FileMetadata, MatchResult
 from apache_beam.io.gcp.gcsfilesystem import GCSFileSystem
 from embed_runs import PUBLISHED, embed, latest
 
+from pipeline.embed import plan
 from pipeline.options import parse
 from transforms import storage
 from transforms.input_digest import input_digest
-from transforms.snapshots import list_published
+from transforms.snapshots import list_published, work_folder
 
 pytest_plugins = ["gcs_emulator"]
 
@@ -110,6 +111,40 @@ def test_a_run_that_finds_nothing_changed_ends_without_a_snapshot(tmp_path, tiny
     write(source, {"1": "read a file", "2": "a tar archive"}, LONG_AGO + 60)
     assert embed(*options, output=output) == PUBLISHED
     assert latest(output).manifest["counts"]["texts_encoded"] == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["--input_format=text", "--text_field=title", "--id_field=", "--keep_fields=title", "--max_document_bytes=999",
+     "--rows_per_shard=7", "--compression=none", "--max_rejected_fraction=0.5", "--keep_snapshots=3", "--max_tokens=7"],
+)  # fmt: skip
+def test_an_option_that_changed_is_a_change(tmp_path, tiny_checkpoint, changed):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"id": "1", "text": "read a file", "title": "read"}\n')
+    os.utime(source, (LONG_AGO, LONG_AGO))
+
+    def is_planned(*more: str) -> bool:
+        options = [f"--input={source}", f"--output={tmp_path}", f"--checkpoint={tiny_checkpoint}", "--skip_unchanged"]
+        return plan(parse([*options, "--device=cpu", "--dtype=float32", *more])) is not None
+
+    options = [f"--input={source}", f"--checkpoint={tiny_checkpoint}", "--skip_unchanged"]
+    assert embed(*options, output=tmp_path) == PUBLISHED
+    assert not is_planned()
+    assert is_planned(changed)
+
+
+def test_work_that_a_crashed_run_left_is_taken_up_though_nothing_changed(tmp_path, tiny_checkpoint):
+    source = write(tmp_path / "a.jsonl", {"1": "read a file"})
+    options = [f"--input={source}", f"--checkpoint={tiny_checkpoint}", "--skip_unchanged"]
+    assert embed(*options, output=tmp_path / "out") == PUBLISHED
+    (first,) = list_published(str(tmp_path / "out"))
+    left = Path(work_folder(str(tmp_path / "out"), "20260101T000000Z"))
+    left.mkdir(parents=True)
+    (left / "vectors-torn.parquet").write_bytes(b"PAR1")
+    assert embed(*options, output=tmp_path / "out") == PUBLISHED
+    assert len(list_published(str(tmp_path / "out"))) == 2
+    assert not left.exists()
+    assert first != latest(tmp_path / "out").name
 
 
 def test_a_templates_launch_must_start_a_job(capsys):

@@ -40,7 +40,7 @@ KUBERNETES = "1.30"
 
 NASTY = [
     "a b", "100%", r"\%", "$HOME", "$(NAME)", "$$", "`date`", "it's", '"', "\\", "{{ ds }}", "{% raw %}", "{# x #}",
-    "*", "~", "# no", "a;b", "&", "", "ü 東京", "run.sh", "--", "yes", "0x1", "'''", "- a: b",
+    "*", "~", "# no", "a;b", "&", "", "ü 東京", "run.sh", "--", "yes", "0x1", "'''", "- a: b", "1e-3", "08", "y",
 ]  # fmt: skip
 """Arguments that one or the other format could take for something else."""
 
@@ -632,3 +632,44 @@ def test_a_file_of_this_machine_is_refused_for_a_pod(tmp_path, monkeypatch, caps
     options = ["flink", "--flink_job_server_jar=server.jar", "--output=gs://b/o", "--input=gs://a/b"]
     message = refusal(capsys, "--format=kubernetes", "--image=i", *options)
     assert message == "--flink_job_server_jar 'server.jar' is a file of this machine: name one that the image has"
+
+
+def test_what_looks_like_a_number_to_kubernetes_is_quoted(capsys):
+    """PyYAML reads them as text without quotes; the YAML of Kubernetes does not."""
+    odd = ["--text_field", "08", "--text_field", "y", "--text_field", "1e-3"]
+    manifest = printed(
+        capsys, "--format=kubernetes", "--image=i", "local", *odd, "--output=gs://b/o", "--input=gs://b/i.csv"
+    )
+    for value in ("08", "y", "1e-3"):
+        assert re.search(rf'- "{value}"$', manifest, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--input", "a.jsonl", "b.jsonl"], "are the files of today, and later ones would be left out"),
+        (["--runner=flink"], "--runner contradicts the word 'local'"),
+    ],
+)
+def test_what_would_mean_something_else_at_night_is_refused(tmp_path, monkeypatch, capsys, options, told):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).write_text('{"text": "a"}\n')
+    assert main(["schedule", "--format=cron", "local", *options]) == 2
+    assert told in capsys.readouterr().err
+    assert main(["schedule", "--format=cron", "local", "--input", "a.jsonl", "--input", "b.jsonl"]) == 0
+
+
+def test_a_checkpoint_folder_with_a_plain_name_is_not_taken_for_a_shipped_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    argv = [
+        "--format=kubernetes",
+        "--image=i",
+        "local",
+        "--output=gs://b/o",
+        "--input=gs://b/i.csv",
+        "--checkpoint=mine",
+    ]
+    assert main(["schedule", *argv]) == 2
+    assert "--checkpoint 'mine' is no place that a pod sees" in capsys.readouterr().err

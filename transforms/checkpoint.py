@@ -111,6 +111,11 @@ def check_sha256(path: Path, expected: str) -> None:
         )
 
 
+def is_shipped(name: str) -> bool:
+    """Returns whether a name is that of a checkpoint that comes with this package, so that every worker has it."""
+    return re.fullmatch(r"\w+", name) is not None and (CHECKPOINTS_FOLDER / name).is_dir()
+
+
 def checkpoint_folder(name: str) -> Path:
     """Returns the local folder of a checkpoint.
 
@@ -130,8 +135,7 @@ def checkpoint_folder(name: str) -> Path:
             f"checkpoint {name!r} is neither a shipped name, a folder of this machine nor gs://bucket/folder: copy it "
             "to one of these"
         )
-    shipped = CHECKPOINTS_FOLDER / name
-    folder = shipped if re.fullmatch(r"\w+", name) and shipped.is_dir() else Path(name)
+    folder = CHECKPOINTS_FOLDER / name if is_shipped(name) else Path(name)
     if not (folder / CONFIG_FILE).is_file():
         names = sorted(path.parent.name for path in CHECKPOINTS_FOLDER.glob(f"*/{CONFIG_FILE}"))
         raise FileNotFoundError(
