@@ -171,8 +171,10 @@ def test_an_embedded_flink_needs_no_cluster(tmp_path, tiny, corpus):
 def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, tiny):
     """The submitter, the job, a worker, a TaskManager, and once more the submitter, whose job goes on without it."""
     output = tmp_path / "out"
-    corpus = write_corpus(tmp_path / "corpus.jsonl", DOCUMENTS[:NUM_TEXTS])
-    # Tiny batches take their time, so that there is a middle of a run.
+    # Long texts, each in a batch of its own, take their time, and every run has new ones: so each has a middle.
+    long = [{"id": f"id{n}", "text": f"{TEXTS[n % NUM_TEXTS]} " * 10 + str(n), "n": n} for n in range(20_000)]
+    numbers_of_documents = iter(range(4000, 20_001, 4000))
+    corpus = tmp_path / "corpus.jsonl"
     slow = ["--max_batch_tokens=24", "--device=cpu", "--dtype=float32"]
     common = [f"--input={corpus}", f"--output={output}", *slow, *tiny]
 
@@ -181,9 +183,15 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
 
     def start_and_save(*options):
         """Starts a run, and returns it when it has saved work of its own."""
-        before = saved()
+        # A worker may go on for a moment after its job has failed: its files are those of an earlier run.
+        earlier = {name.rpartition("/")[0] for name in saved()}
+
+        def has_saved() -> bool:
+            return any(name.rpartition("/")[0] not in earlier for name in saved())
+
+        write_corpus(corpus, long[: next(numbers_of_documents)])
         submitter = submit([*options, *common])
-        wait_until("work is saved, or the run ends", lambda: saved() - before or submitter.poll() is not None, 240)
+        wait_until("work is saved, or the run ends", lambda: has_saved() or submitter.poll() is not None, 240)
         assert submitter.poll() is None, submitter.communicate()
         return submitter
 
@@ -217,12 +225,14 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
     cluster.up()
 
     assert len(list_work(str(output))) == 4
+    write_corpus(corpus, long[: next(numbers_of_documents)])
     submitter = submit([*cluster.staged, *common])
     wait_until("the job runs", lambda: "RUNNING" in cluster.jobs())
     submitter.kill()
     submitter.communicate()
     wait_until("the job ends", lambda: not _ALIVE & set(cluster.jobs()), 240)
     snapshot = latest(output)
+    assert snapshot.manifest["counts"]["read"] == len(long)
     undisturbed = run("local", [], tmp_path / "undisturbed", corpus, *tiny)
     assert_equal(snapshot, undisturbed, "embedded", "reused", "recovered", "texts_encoded", "tokens")
     assert snapshot.manifest["counts"]["recovered"] > 0
