@@ -86,13 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one entry, or all; returns the exit status: 0, or 2 where the one that was asked for cannot be made."""
-    options = parse([f"--runner={arguments.word}", *arguments.options])
-    if options.dry_run:
-        print("error: --dry_run shows the job and runs nothing: leave it out of a schedule", file=sys.stderr)
-        return 2
     if told := _misleading(arguments):
         print(f"error: {told}", file=sys.stderr)
         return 2
+    options = parse([f"--runner={arguments.word}", *arguments.options, *_brought_by_template(arguments)])
     if arguments.format != "all":
         try:
             print(_FORMATS[arguments.format](arguments, options), end="")
@@ -108,11 +105,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _brought_by_template(arguments: argparse.Namespace) -> list[str]:
+    """Returns options that a Flex Template's launcher adds to those of the job, if it is what starts the job."""
+    starts_template = arguments.format.startswith("cloud-scheduler") or arguments.format == "airflow"
+    if arguments.word != "dataflow" or not arguments.template or not starts_template:
+        return []
+    image = [] if _given(arguments).get("sdk_container_image") else ["--sdk_container_image=the-templates"]
+    return [*image, f"--template_location={arguments.template}"]
+
+
 def _misleading(arguments: argparse.Namespace) -> str | None:
     """Returns what a run would take in another way each night than it was meant today."""
     given = arguments.options
-    if any(word.partition("=")[0] == "--runner" for word in given):
+    names = [word.partition("=")[0] for word in given]
+    own = argparse.ArgumentParser()
+    add_arguments(own)
+    for name in names:
+        if name in own._option_string_actions.keys() - {"-h", "--help"}:
+            return f"{name} is an option of the schedule itself: write it before the word {arguments.word!r}"
+    if "--runner" in names:
         return f"--runner contradicts the word {arguments.word!r}: name the runner by the word alone"
+    for name in ("dry_run", "template_location"):
+        if f"--{name}" in names:
+            return f"--{name} shows the job and runs nothing: leave it out of a schedule"
     for place, word in enumerate(given):
         files = given[place + 1 : place + 3]
         if word == "--input" and len(files) == 2 and all(map(os.path.isfile, files)):
@@ -192,6 +207,12 @@ def _cron_job(arguments: argparse.Namespace, options: EmbedOptions) -> str:
     if arguments.gpus and not in_place:
         raise ValueError(
             f"--gpus is for {' and '.join(_IN_PLACE)}: {arguments.word} computes elsewhere, where its GPUs are"
+        )
+    if arguments.gpus and options.device == "cpu":
+        raise ValueError("--gpus asks for a GPU, and --device=cpu leaves it unused: leave one of them out")
+    if arguments.word == "flink" and "job_endpoint" not in _given(arguments):
+        raise ValueError(
+            "--job_endpoint is missing: without a job server that runs, flink starts one, and the image has no Java"
         )
     volumes = {folder: claim for claim, folder in arguments.volume}
     if len(volumes) < len(arguments.volume):

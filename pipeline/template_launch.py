@@ -56,7 +56,7 @@ def launch_request(
         elif name == "use_public_ips":
             environment["ipConfiguration"] = "WORKER_IP_PUBLIC" if value else "WORKER_IP_PRIVATE"
         elif name in _PARAMETERS_OF_BEAM or (name in vars(options) and name not in _NO_PARAMETERS):
-            parameters[name] = _parameter(name, value)
+            parameters |= _parameter(name, value, getattr(options, name, None))
         else:
             raise ValueError(f"--{name} cannot be told to a template: leave it out, or have launch.sh submit the job")
     if options.bucket is not None:
@@ -66,13 +66,15 @@ def launch_request(
     return {"launchParameter": launch | ({"environment": environment} if environment else {})}
 
 
-def _parameter(name: str, value: str | bool | list[str]) -> str:
-    """Returns a value as deploy/flex_template/main.py reads it."""
+def _parameter(name: str, value: str | bool | list[str], parsed: object) -> dict[str, str]:
+    """Returns a parameter as the template's metadata and deploy/flex_template/main.py take it; none for no value."""
     if isinstance(value, bool):
-        return str(value).lower()
+        return {name: str(value).lower()}
+    if isinstance(parsed, int | float):
+        return {name: str(parsed)}  # As Python writes numbers: 0.05 and 1000, where .05 and 1_000 were given.
     if isinstance(value, str):
-        return value
+        return {name: value} if value or name != "keep_fields" else {}
     for part in value:
         if "," in part:
             raise ValueError(f"--{name} {part!r} has a comma in it, which parts the values of a template's parameter")
-    return ",".join(value)
+    return {name: ",".join(value)}

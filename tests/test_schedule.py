@@ -150,6 +150,9 @@ def test_the_words_are_those_of_the_runners():
         (["dataflow", "--project=p", "--input=gs://a/b"], "Dataflow needs --region and --bucket"),
         (["spark"], "argument WORD: invalid choice: 'spark'"),
         (["local", "--dry_run"], "--dry_run shows the job and runs nothing"),
+        ([*CLOUD, "--template_location=gs://b/t"], "--template_location shows the job and runs nothing"),
+        (["local", "--format", "cron"], "--format is an option of the schedule itself: write it before the word"),
+        ([*CLOUD, "--gpu=nvidia-l4"], "--gpu needs --sdk_container_image"),
         (["--timezone=Mars/Phobos", "local"], "'Mars/Phobos' is no time zone"),
         (["--timezone=../x", "local"], "'../x' is no time zone"),
         (["--name=Nightly", "local"], "'Nightly' is no name that all take"),
@@ -464,6 +467,53 @@ def test_the_templates_program_gets_the_very_options():
     assert got.keys() == parameters.keys() - {"output"} | {"runner"}
 
 
+def test_a_template_brings_an_image_and_what_is_in_it(capsys):
+    own = ["--gpu=nvidia-l4", "--checkpoint=/opt/checkpoints/mine"]
+    job = json.loads(printed(capsys, "--format=cloud-scheduler-json", *TEMPLATE, *CLOUD, *own))
+    launch = json.loads(base64.b64decode(job["httpTarget"]["body"]))
+    check_launch(launch, "my-project", "us-central1")
+    assert launch["launchParameter"]["parameters"] == {
+        "input": "gs://in/*.jsonl",
+        "output": "gs://my-bucket/output",
+        "gpu": "nvidia-l4",
+        "checkpoint": "/opt/checkpoints/mine",
+    }
+
+
+@settings(deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "id_field": st.sampled_from(["", "url", "a b"]),
+            "keep_fields": st.sampled_from(["", "lang", "a,b:int64"]),
+            "max_rejected_fraction": st.one_of(
+                st.sampled_from([".05", "1", "0", "1.", "1e-3", "1E-9", "0_0.5"]),
+                st.floats(0, 1).map(repr),
+            ),
+            "rows_per_shard": st.sampled_from(["1_000", "+5", " 7", "0012"]),
+            "max_batch_tokens": st.integers(1, 10**6).map("{:_}".format),
+            "gpu": st.sampled_from(
+                ["nvidia-l4", "count:1;type:nvidia-l4;install-nvidia-driver:5xx", "type:nvidia-tesla-t4;count:1"]
+            ),
+        },
+    )
+)
+def test_what_embed_takes_the_template_takes(values):
+    own = [f"--{name}={value}" for name, value in values.items()]
+    words = [*CLOUD[1:], "--sdk_container_image=i", *own]
+    options = parse(["--runner=dataflow", *words])
+    launch = launch_request(given_options(words), options, "gs://b/t", "n")
+    check_launch(launch, "my-project", "us-central1")
+    parameters = launch["launchParameter"]["parameters"]
+    main_py = runpy.run_path(str(ROOT / "deploy" / "flex_template" / "main.py"))
+    got = main_py["options_of"]([f"--{name}={value}" for name, value in parameters.items()], "")
+    read = parse([*got, *CLOUD[1:4]])
+    assert {name: value for name, value in vars(read).items() if name != "beam_options"} == {
+        name: value for name, value in vars(options).items() if name != "beam_options"
+    }
+
+
 # --- Airflow ---
 
 AIRFLOW = ["apache-airflow-core==3.3.2", "apache-airflow-task-sdk==1.3.2", "apache-airflow-providers-standard==1.21.0"]
@@ -597,7 +647,8 @@ def test_a_cron_job_runs_the_very_options_in_a_pod(capsys):
 
 
 def test_what_computes_elsewhere_asks_for_a_small_pod(capsys):
-    flink = ["flink", "--flink_master=flink-rest:8081", "--artifacts_dir=gs://b/a", "--input=gs://a/b"]
+    flink = ["flink", "--job_endpoint=job-server:8099", "--environment_type=EXTERNAL", "--input=gs://a/b"]
+    flink = [*flink, "--environment_config=localhost:50000"]
     for options in ([*CLOUD, "--sdk_container_image=i"], [*flink, "--output=gs://b/o"]):
         manifest = yaml.safe_load(printed(capsys, "--format=kubernetes", "--image=i", *options))
         assert kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
@@ -619,6 +670,11 @@ def test_what_computes_elsewhere_asks_for_a_small_pod(capsys):
         (["local", "--output=gs://b/o", "--checkpoint=./mine"], "--checkpoint './mine' is no place"),
         (["--gpus=1", *CLOUD], "--gpus is for local and prism: dataflow computes elsewhere"),
         (CLOUD, "--sdk_container_image is missing"),
+        (["--gpus=1", "local", "--output=gs://b/o", "--device=cpu"], "--device=cpu leaves it unused"),
+        (
+            ["flink", "--flink_master=rest:8081", "--artifacts_dir=gs://b/a", "--input=gs://a/b", "--output=gs://b/o"],
+            "--job_endpoint is missing",
+        ),
         (["--volume=other:/data", "local", "--output=/data"], "two of --volume name the same folder"),
     ],
 )
@@ -629,7 +685,8 @@ def test_what_a_pod_would_not_find_is_refused(options, told, capsys):
 def test_a_file_of_this_machine_is_refused_for_a_pod(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "server.jar").touch()
-    options = ["flink", "--flink_job_server_jar=server.jar", "--output=gs://b/o", "--input=gs://a/b"]
+    places = ["--output=gs://b/o", "--input=gs://a/b"]
+    options = ["flink", "--job_endpoint=h:1", "--environment_type=DOCKER", "--flink_job_server_jar=server.jar", *places]
     message = refusal(capsys, "--format=kubernetes", "--image=i", *options)
     assert message == "--flink_job_server_jar 'server.jar' is a file of this machine: name one that the image has"
 
