@@ -33,7 +33,7 @@ def check_cron(expression: str) -> None:
     values = [_values(field, *bounds) for field, bounds in zip(fields, _FIELDS, strict=True)]
     month_day, week_day = fields[2], fields[4]
     if "*" not in (month_day, week_day):
-        if month_day.startswith("*") or week_day.startswith("*"):
+        if "*" in month_day or "*" in week_day:
             raise ValueError(
                 f"{expression!r}: schedulers disagree whether the day must fit {month_day!r} and {week_day!r} or one "
                 "of them: write one of the two fields as *"
@@ -49,6 +49,8 @@ def _values(field: str, name: str, lowest: int, highest: int) -> set[int]:
     values: set[int] = set()
     for part in field.split(","):
         match = _PART.fullmatch(part)
+        if part == "*" != field:
+            raise ValueError(f"{field!r}: write * alone, as it holds every {name}")
         if match is None or (match["step"] and match["range"] != "*" and match["last"] is None):
             raise ValueError(
                 f"{part!r} is no {name}: write numbers from {lowest} to {highest}, as *, 5, 1-5, */10 or 0-30/10, or "

@@ -60,11 +60,12 @@ def is_dataflow(runner: str) -> bool:
     return beam_name(runner).rpartition(".")[2].lower() in ("dataflow", "dataflowrunner")
 
 
-def accelerator(gpu: str) -> Accelerator:
+def accelerator(gpu: str, option: str = "--gpu") -> Accelerator:
     """Returns the request for a GPU.
 
     Args:
       gpu: its name, or a whole request as Google's documentation has it: `type:...;count:1;...`.
+      option: where it was given, for messages.
 
     Raises:
       ValueError: it is neither, or asks for several GPUs, or for a machine that cannot hold the GPU.
@@ -75,15 +76,15 @@ def accelerator(gpu: str) -> Accelerator:
     if not re.fullmatch(r"nvidia-[a-z0-9-]+", name):
         close = difflib.get_close_matches(name or gpu, _MACHINES, n=1, cutoff=0.2)
         raise ValueError(
-            f"--gpu {gpu!r} names no GPU: take {', '.join(_MACHINES)}, or a whole request "
+            f"{option} {gpu!r} names no GPU: take {', '.join(_MACHINES)}, or a whole request "
             f"'type:NAME;count:1;{_DRIVER}'" + (f"; did you mean {close[0]}?" if close else "")
         )
     if count != "1":
         raise ValueError(
-            f"--gpu {gpu!r} asks for {count or 'no number of'} GPUs on each machine, and the encoder uses one: write "
+            f"{option} {gpu!r} asks for {count or 'no number of'} GPUs on each machine, and the encoder uses one: write "
             "count:1, and let Dataflow start more machines (--max_num_workers)"
         )
-    _check_machine(name, machine_type, "--gpu's machine_type")
+    _check_machine(name, machine_type, f"{option}'s machine_type")
     return Accelerator(name, spec, machine_type)
 
 
@@ -255,6 +256,8 @@ def _check_machines(given: Sequence[str], asked: Accelerator | None, gpu_everywh
     pool = _worker_accelerators(given)
     machine_type = _view(given, WorkerOptions).machine_type
     hints = [hint.partition("=")[0] for hint in _view(given, StandardOptions).resource_hints]
+    for request in pool:
+        accelerator(request, "worker_accelerator")
     if asked is not None and pool:
         raise ValueError(
             "--gpu and the service option worker_accelerator both ask for a GPU, the one for the encoding step, the "
@@ -278,6 +281,11 @@ def _check_machines(given: Sequence[str], asked: Accelerator | None, gpu_everywh
         return
     if gpu_everywhere:
         _check_machine(asked.type, machine_type, "--machine_type")
+        if machine_type and asked.machine_type not in (None, machine_type):
+            raise ValueError(
+                f"--gpu asks for the machine {asked.machine_type!r}, and --machine_type for {machine_type!r}: leave "
+                "one of them out"
+            )
     elif machine_type and machine_type.startswith(_GPU_MACHINES):
         raise ValueError(
             f"--machine_type {machine_type!r} would put every step on machines with a GPU, and --gpu asks for one for "

@@ -195,6 +195,22 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
         ([*HERE, IMAGE, f"--gpu={L4};use_nvidia_mps", ONE_PROCESS], "starts only one", "leave one of them out"),
         ([*HERE, IMAGE, f"--gpu={L4};use_nvidia_mps", PRIME], "Prime does not know use_nvidia_mps", "leave it out"),
         ([*HERE, IMAGE, MPS, PRIME], "no machines that all have a GPU", "leave enable_prime out"),
+        (
+            [*HERE, IMAGE, "--dataflow_service_options=worker_accelerator=l4", "--device=cuda"],
+            "worker_accelerator 'l4' names no GPU",
+            "did you mean nvidia-l4?",
+        ),
+        (
+            [
+                *HERE,
+                IMAGE,
+                "--gpu=type:nvidia-l4;count:1;machine_type:g2-standard-4",
+                "--gpu_everywhere",
+                "--machine_type=g2-standard-8",
+            ],
+            "--gpu asks for the machine 'g2-standard-4', and --machine_type for 'g2-standard-8'",
+            "leave one of them out",
+        ),
         ([*EVERYWHERE, PRIME], "no machines that all have a GPU", "or --gpu_everywhere"),
         ([*HERE, PRIME, "--machine_type=n2-standard-4"], "Prime chooses the machines itself", "leave machine_type"),
         ([*HERE, "--experiments=enable_prime", "--machine_type=n2-standard-4"], "Prime chooses", "leave machine_type"),
