@@ -81,8 +81,8 @@ def accelerator(gpu: str, option: str = "--gpu") -> Accelerator:
         )
     if count != "1":
         raise ValueError(
-            f"{option} {gpu!r} asks for {count or 'no number of'} GPUs on each machine, and the encoder uses one: write "
-            "count:1, and let Dataflow start more machines (--max_num_workers)"
+            f"{option} {gpu!r} asks for {count or 'no number of'} GPUs on each machine, and the encoder uses one: "
+            "write count:1, and let Dataflow start more machines (--max_num_workers)"
         )
     _check_machine(name, machine_type, f"{option}'s machine_type")
     return Accelerator(name, spec, machine_type)

@@ -28,6 +28,10 @@ _IN_PLACE = ("local", "prism")
 """Those that do the work where they are called; the others ask for it elsewhere."""
 
 
+_CARRIED = ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG", "XDG_CACHE_HOME", "HTTPS_PROXY", "NO_PROXY")
+"""Variables beside PATH that a run by cron needs as a run by hand does: keys, caches, the way out."""
+
+
 class _LeftOutError(Exception):
     """There is no such entry for the options; the message says what it takes."""
 
@@ -154,7 +158,9 @@ def _command(arguments: argparse.Namespace) -> list[str]:
 
 
 def _crontab(arguments: argparse.Namespace, options: EmbedOptions) -> str:
-    machine = entries.Machine(os.getcwd(), os.environ.get("PATH", os.defpath), shutil.which("flock"))
+    variables = {"PATH": os.environ.get("PATH", os.defpath)}
+    variables |= {name: os.environ[name] for name in _CARRIED if name in os.environ}
+    machine = entries.Machine(os.getcwd(), variables, shutil.which("flock"))
     return entries.crontab(_schedule(arguments), _command(arguments), machine)
 
 

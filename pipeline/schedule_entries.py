@@ -15,7 +15,6 @@ _CLOUD_PLATFORM = "https://www.googleapis.com/auth/cloud-platform"
 CRONTAB_COMMAND_LENGTH = 998
 """Bytes of a command that Debian's cron takes; it refuses a longer one, and other crons drop the rest of it."""
 
-
 _LOCKED = 75
 """Exit status of a run that was left out; the job has none of that number."""
 
@@ -41,12 +40,12 @@ class Machine:
 
     Attributes:
       folder: absolute; relative paths of the command are meant from there, and its log and lock lie there.
-      path: the search path for programs.
+      variables: of the environment, that the command needs; `PATH` among them.
       flock: absolute path of the program `flock`; None where there is none.
     """
 
     folder: str
-    path: str
+    variables: Mapping[str, str]
     flock: str | None
 
 
@@ -88,7 +87,8 @@ def crontab(schedule: Schedule, command: Sequence[str], machine: Machine) -> str
     log, lock = (shlex.quote(f"{machine.folder}/{schedule.name}.{kind}") for kind in ("log", "lock"))
     run = shlex.join(command)
     if machine.flock:
-        locked = f"{shlex.quote(machine.flock)} --nonblock --conflict-exit-code {_LOCKED} {lock} {run}"
+        # Closed for the command: else whatever it leaves behind would lock out all later runs.
+        locked = f"{shlex.quote(machine.flock)} --close --nonblock --conflict-exit-code {_LOCKED} {lock} {run}"
         told = "echo 'left out: an earlier run still goes on'"
         run = f"{{ {locked} || {{ s=$?; [ $s -ne {_LOCKED} ] || {told}; exit $s; }}; }}"
     line = f"cd {shlex.quote(machine.folder)} && {run} >> {log} 2>&1"
@@ -111,12 +111,22 @@ def crontab(schedule: Schedule, command: Sequence[str], machine: Machine) -> str
             "# Debian's and Ubuntu's cron ignores CRON_TZ and goes by the machine's time zone (timedatectl shows it).",
             overlap,
             "SHELL=/bin/sh",
-            f"PATH={machine.path}",
+            *(_crontab_setting(name, value) for name, value in machine.variables.items()),
             f"CRON_TZ={schedule.timezone}",
             f"{schedule.cron} {line}",
             "",
         ]
     )
+
+
+def _crontab_setting(name: str, value: str) -> str:
+    line = f"{name}={value}"
+    if "\n" in line or "\r" in line or len(line.encode()) > CRONTAB_COMMAND_LENGTH:
+        raise ValueError(
+            f"the environment's {name} has a line break or {len(value.encode())} bytes, and not every cron takes more "
+            f"than {CRONTAB_COMMAND_LENGTH} in a line: make it shorter while this command runs"
+        )
+    return line
 
 
 def scheduler_job(

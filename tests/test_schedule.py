@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -227,13 +228,13 @@ def run_as_cron(command: str, variables: dict[str, str]) -> subprocess.Completed
 def test_a_crontab_runs_the_very_command(tmp_path, launcher, flock):
     folder = tmp_path / "the folder's 5%"
     folder.mkdir()
-    machine = Machine(str(folder), "/usr/bin:/bin:/opt/java bin", flock)
+    machine = Machine(str(folder), {"PATH": "/usr/bin:/bin:/opt/java bin", "XDG_CACHE_HOME": "/a b"}, flock)
     command, variables = cron_command(schedule_entries.crontab(DAILY, [str(launcher), "local", *NASTY], machine))
-    assert variables == {"SHELL": "/bin/sh", "PATH": machine.path, "CRON_TZ": "Europe/Zurich"}
+    assert variables == {"SHELL": "/bin/sh", **machine.variables, "CRON_TZ": "Europe/Zurich"}
     done = run_as_cron(command, variables)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     log = (folder / "embed-corpus.log").read_text()
-    words = ["local", *NASTY, str(folder), machine.path]
+    words = ["local", *NASTY, str(folder), machine.variables["PATH"]]
     assert log == "\0".join(words)
 
 
@@ -241,10 +242,10 @@ def test_a_crontab_runs_the_very_command(tmp_path, launcher, flock):
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\n\r"), max_size=10), max_size=5))
 def test_no_argument_is_too_odd_for_a_crontab(tmp_path_factory, arguments):
     folder = tmp_path_factory.mktemp("cron")
-    machine = Machine(str(folder), "/usr/bin:/bin", None)
+    machine = Machine(str(folder), {"PATH": "/usr/bin:/bin"}, None)
     text = schedule_entries.crontab(DAILY, ["/usr/bin/printf", r"<%s>", *arguments], machine)
     line = next(line for line in text.split("\n") if line.startswith(DAILY.cron))
-    done = run_as_cron(line.split(" ", 5)[5].replace(r"\%", "%"), {"SHELL": "/bin/sh", "PATH": machine.path})
+    done = run_as_cron(line.split(" ", 5)[5].replace(r"\%", "%"), {"SHELL": "/bin/sh", **machine.variables})
     assert done.returncode == 0
     log = (folder / "embed-corpus.log").read_bytes().decode()
     assert log == "".join(f"<{argument}>" for argument in arguments) or (not arguments and log == "<>")
@@ -253,32 +254,46 @@ def test_no_argument_is_too_odd_for_a_crontab(tmp_path_factory, arguments):
 @pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock on this machine")
 def test_while_a_run_goes_on_cron_starts_no_other(tmp_path):
     slow = tmp_path / "launch.sh"
-    slow.write_text("#!/bin/sh\necho started\nread line <going-on\necho ended\n")
+    # What the run leaves behind, a job server say, locks nobody out.
+    slow.write_text("#!/bin/sh\necho started\nread line <going-on\nsleep 600 >&- 2>&- &\necho $! >left\necho ended\n")
     slow.chmod(0o755)
     os.mkfifo(tmp_path / "going-on")
-    machine = Machine(str(tmp_path), "/usr/bin:/bin", shutil.which("flock"))
+    machine = Machine(str(tmp_path), {"PATH": "/usr/bin:/bin"}, shutil.which("flock"))
     command, variables = cron_command(schedule_entries.crontab(DAILY, [str(slow)], machine))
     first = subprocess.Popen([variables["SHELL"], "-c", command], env=variables, cwd="/")
     with open(tmp_path / "going-on", "w"):  # Opens once the first run reads it.
         assert run_as_cron(command, variables).returncode == 75
     assert first.wait(timeout=60) == 0
+    left = int((tmp_path / "left").read_text())
+    slow.write_text("#!/bin/sh\necho again\n")
+    try:
+        assert run_as_cron(command, variables).returncode == 0
+    finally:
+        os.kill(left, signal.SIGKILL)
     log = (tmp_path / "embed-corpus.log").read_text()
-    assert log == "started\nleft out: an earlier run still goes on\nended\n"
+    assert log == "started\nleft out: an earlier run still goes on\nended\nagain\n"
 
 
 def test_the_command_prints_a_crontab_for_where_one_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/opt/java/bin:/usr/bin")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/keys/mine.json")
     options = ["local", "--input=corpus/*.jsonl", "--output", "vectors", "--id_field=100%"]
     text = printed(capsys, "--format=cron", "--cron= 15 3 * * *", "--timezone=Europe/Zurich", *options)
     command, variables = cron_command(text)
     assert variables["PATH"] == "/opt/java/bin:/usr/bin"
+    assert variables["GOOGLE_APPLICATION_CREDENTIALS"] == "/keys/mine.json"
     words = shlex.split(command)
     assert words[:3] == ["cd", str(tmp_path), "&&"]
     start = words.index(str(ROOT / "launch.sh"))
     assert words[start + 1 : start + 1 + len(options)] == options
     assert words[-3:] == [">>", f"{tmp_path}/embed-corpus.log", "2>&1"]
     assert os.access(ROOT / "launch.sh", os.X_OK)
+
+
+def test_a_search_path_that_not_every_cron_takes_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/opt/java/bin:" * 100)
+    assert "the environment's PATH has" in refusal(capsys, "--format=cron", "local")
 
 
 WAITING_RUN = """\
@@ -311,7 +326,7 @@ def test_of_two_scheduled_runs_at_once_one_publishes_and_the_other_says_so(tmp_p
     launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" waiting_run.py "$@"\n')
     launcher.chmod(0o755)
     options = ["local", "--device=cpu", "--dtype=float32", "--input=corpus.txt", f"--checkpoint={tiny_checkpoint}"]
-    machine = Machine(str(tmp_path), os.environ["PATH"], None)
+    machine = Machine(str(tmp_path), {"PATH": os.environ["PATH"]}, None)
     command, variables = cron_command(schedule_entries.crontab(DAILY, [str(launcher), *options], machine))
     variables |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     runs = [subprocess.Popen([variables["SHELL"], "-c", command], env=variables, cwd="/") for _ in range(2)]
