@@ -218,9 +218,13 @@ def locked(url: str) -> Iterator[tuple[str, int]]:
     try:
         yield path, descriptor
     finally:
-        if _is_at(descriptor, path):
-            os.unlink(path)
-        os.close(descriptor)
+        try:
+            if _is_at(descriptor, path):
+                os.unlink(path)
+        finally:
+            # Closing alone would not do: a process that was forked meanwhile has the descriptor too, and so the lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: str) -> bool:
