@@ -23,6 +23,9 @@ from transforms.checkpoint import (
 )
 from transforms.schema import EMBEDDING_DIM
 
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""As safetensors names them. Narrower ones are weights only together with scales, which are other tensors."""
+
 
 def load_bert(
     name: str, checkpoint: Path | None = None, expected_sha256: str | None = None
@@ -36,7 +39,7 @@ def load_bert(
 
     Raises:
       FileNotFoundError: there is no such BERT.
-      ValueError: it is no BERT, weights are missing, or they are not those expected.
+      ValueError: it is no BERT, weights are missing or quantized, or they are not those expected.
     """
     config, folder = load_config(name, checkpoint, expected_sha256)
     with _WithoutInitialization():
@@ -58,7 +61,7 @@ def load_config(
 
     Raises:
       FileNotFoundError: there is no such BERT.
-      ValueError: it is no encoder, weights are missing or of another shape, or they are not those expected.
+      ValueError: it is no encoder, weights are missing, quantized or of another shape, or not those expected.
     """
     folder = bert_folder(name, checkpoint)
     config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")
@@ -70,27 +73,38 @@ def load_config(
     for key, needed in (("is_decoder", False), ("position_embedding_type", "absolute")):
         if values.get(key, needed) != needed:
             raise ValueError(f"{folder / 'config.json'} says {key} {values[key]!r}: a BERT with {needed!r} is needed")
+    if values.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder / 'config.json'} has a quantization_config: quantized weights are not read; get the BERT as "
+            "it was before it was quantized"
+        )
     expected_sha256 = expected_sha256 or published_sha256(name)
     if expected_sha256 is not None:
         check_sha256(folder / BERT_FILE, expected_sha256)
-    _check_shapes(config, folder / BERT_FILE)
+    _check_weights(config, folder / BERT_FILE)
     return config, folder
 
 
-def _check_shapes(config: BertConfig, path: Path) -> None:
-    """Raises ValueError unless a file has all weights of a BERT, in their shapes; reads no weights."""
+def _check_weights(config: BertConfig, path: Path) -> None:
+    """Raises ValueError unless a file has all weights of a BERT, in their shapes and as floats; reads no weights."""
     with torch.device("meta"):
         wanted = {name: list(weight.shape) for name, weight in BertModel(config, False).state_dict().items()}
     with safetensors.safe_open(path, "pt") as file:
-        found = {_name(name): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dict
-    if missing := sorted(set(wanted) - set(found)):
-        raise ValueError(f"{path} lacks {len(missing)} of the BERT's weights: {', '.join(missing[:3])} ...")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ValueError(
-                f"{path} does not fit its config.json: {name} has the shape {found[name]}, not {shape}; get the two "
-                "files of the same BERT"
-            )
+        found = {_name(name): file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        if missing := sorted(set(wanted) - set(found)):
+            raise ValueError(f"{path} lacks {len(missing)} of the BERT's weights: {', '.join(missing[:3])} ...")
+        for name, shape in wanted.items():
+            found_shape, dtype = found[name].get_shape(), found[name].get_dtype()
+            if found_shape != shape:
+                raise ValueError(
+                    f"{path} does not fit its config.json: {name} has the shape {found_shape}, not {shape}; get the "
+                    "two files of the same BERT"
+                )
+            if dtype not in _WEIGHT_DTYPES:
+                raise ValueError(
+                    f"{path} holds {name} as {dtype}, which is none of {', '.join(_WEIGHT_DTYPES)}: "
+                    "quantized weights are not read; get the BERT as it was before it was quantized"
+                )
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: BertConfig) -> None:
