@@ -79,9 +79,13 @@ def prepare(
         storage.create_exclusively(join(folder, file), data)
         checksum = f"sha256:{hashlib.sha256(data).hexdigest()}"
         shards.append({"file": file, "rows": len(part), "bytes": len(data), "checksum": checksum})
+    rejected_files = []
     if rejected:
-        lines = "".join(json.dumps(record._asdict()) + "\n" for record in rejected)
-        storage.create_exclusively(join(folder, "rejected-00000-of-00001.jsonl"), lines.encode())
+        data = "".join(json.dumps(record._asdict()) + "\n" for record in rejected).encode()
+        file = "rejected-00000-of-00001.jsonl"
+        storage.create_exclusively(join(folder, file), data)
+        checksum = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        rejected_files.append({"file": file, "rows": len(rejected), "bytes": len(data), "checksum": checksum})
     tokens = sum(row.num_tokens for row in rows)
     manifest = {
         "format": 1,
@@ -115,6 +119,7 @@ def prepare(
         },
         "rejected_by_reason": dict(Counter(record.reason for record in rejected)),
         "shards": shards,
+        "rejected_files": rejected_files,
         "versions": {"python": "3.11"},
         "options": {"input": ["corpus.jsonl"]},
     }

@@ -141,12 +141,26 @@ def test_rejected_records_are_counted(output):
     path = Path(snapshot.folder, "rejected-00000-of-00001.jsonl")
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{not JSON", lines[2], lines[2], '"a text"']) + "\n")
+    [described] = snapshot.manifest["rejected_files"]
+    size = os.path.getsize(path)
     assert list(audit(snapshot)) == [
+        f"{path} has {size} bytes, not {described['bytes']}",
         f"{path} line 2 is not a rejected record",
         f"{path} line 5 is not a rejected record",
         f"{snapshot.folder} holds 1 rejected records for empty_text, not 2",
         f"{snapshot.folder} holds 2 rejected records for too_large, not 1",
     ]
+
+
+def test_files_of_rejected_records_that_are_missing_or_altered_are_found(output):
+    snapshot = publish_rows(output, ROWS, rejected=REJECTED)
+    path = Path(snapshot.folder, "rejected-00000-of-00001.jsonl")
+    text = path.read_text()
+    path.write_text(text.replace("a.txt", "b.txt"))
+    [described] = snapshot.manifest["rejected_files"]
+    assert list(audit(snapshot)) == [f"{path} does not have the checksum {described['checksum']}"]
+    path.unlink()
+    assert next(audit(snapshot)) == f"{path} is missing"
 
 
 def test_unit_vectors_of_the_helper_are_of_unit_length():

@@ -308,6 +308,30 @@ def test_a_missing_or_unfinished_shard_is_refused(output):
     assert_nothing_else(output, [])
 
 
+def test_a_missing_or_unfinished_file_of_rejected_records_is_refused(output):
+    for harm in ("missing", "unfinished"):
+        prepared = prepare(output, ROWS, rejected=REJECTED)
+        file = f"{snapshot_folder(output, prepared.name)}/rejected-00000-of-00001.jsonl"
+        storage.delete_files([file])
+        if harm == "unfinished":
+            storage.create_exclusively(file, b"{")
+        with pytest.raises(BrokenShardError, match=rf"{file} (is missing|has 1 bytes).*: nothing was published, and"):
+            publish(*prepared)
+        abandon(output, prepared.name)
+    assert list_published(output) == []
+
+
+def test_all_files_are_brought_to_disk_before_the_manifest(local, monkeypatch):
+    prepared = prepare(local, ROWS, rejected=REJECTED)
+    brought = []
+    monkeypatch.setattr(storage, "make_durable", lambda folder, names: brought.append((folder, sorted(names))))
+    publish(*prepared)
+    folder = snapshot_folder(local, prepared.name)
+    files = sorted(path.name for path in Path(folder).iterdir() if path.name != "manifest.json")
+    assert brought == [(folder, files)]
+    assert len(files) == 3
+
+
 def test_a_name_that_is_not_claimed_is_refused(output):
     prepared = prepare(output, ROWS)
     abandon(output, prepared.name)

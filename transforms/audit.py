@@ -38,18 +38,15 @@ def audit(snapshot: Snapshot) -> Iterator[str]:
     for file in sorted(sizes):
         if file.endswith(".parquet") and file not in files:
             yield f"{join(snapshot.folder, file)} is not in the manifest, but readers of *.parquet would read it"
-    readable = []
-    for file, shard in files.items():
-        path = join(snapshot.folder, file)
-        if file not in sizes:
+    for described in (*files.values(), *snapshot.rejected_files):
+        path = join(snapshot.folder, described["file"])
+        if described["file"] not in sizes:
             yield f"{path} is missing"
-            continue
-        readable.append(path)
-        if sizes[file] != shard["bytes"]:
-            yield f"{path} has {sizes[file]} bytes, not {shard['bytes']}"
-        elif checksum(path) != shard["checksum"]:
-            yield f"{path} does not have the checksum {shard['checksum']}"
-    yield from _check_rows(snapshot, readable)
+        elif sizes[described["file"]] != described["bytes"]:
+            yield f"{path} has {sizes[described['file']]} bytes, not {described['bytes']}"
+        elif checksum(path) != described["checksum"]:
+            yield f"{path} does not have the checksum {described['checksum']}"
+    yield from _check_rows(snapshot, [join(snapshot.folder, file) for file in files if file in sizes])
     yield from _check_rejected(snapshot, sizes)
 
 

@@ -2,7 +2,7 @@
 
 A run takes a name (`claim`), writes its shards, and calls `publish`, which goes through these steps:
 
-1. LATEST is as it was when the run began, and every shard is there; else nothing is written.
+1. LATEST is as it was when the run began, and every file is there; else nothing is written.
 2. manifest.json is created.
 3. LATEST is made to name the snapshot, if it still is as it was: compare-and-swap.
 4. The claim is let go of.
@@ -31,7 +31,7 @@ from transforms.snapshots import (
     LatestVersion,
     Snapshot,
     SnapshotError,
-    check_shards,
+    check_files,
     history,
     is_published,
     latest_path,
@@ -118,7 +118,7 @@ def publish(output: str, name: str, manifest: dict[str, Any], token: LatestVersi
 
     Raises:
       ValueError: the manifest is invalid, or the name is not claimed.
-      BrokenShardError: a shard of the manifest is missing or has another size.
+      BrokenShardError: a file of the manifest is missing or has another size.
       ConcurrentRunError: another run has published; all that this one wrote, but for its work, is removed.
     """
     check_manifest(manifest)
@@ -235,13 +235,13 @@ def _write_manifest(snapshot: Snapshot) -> Snapshot:
     if storage.read_versioned(_claim_path(output, name)) is None:
         raise ValueError(f"snapshot {name} of {output} is not claimed: its run has been abandoned")
     try:
-        check_shards(snapshot)
+        check_files(snapshot)
     except DamagedSnapshotError as error:  # Which tells how to do without a published snapshot, and this is none yet.
         raise BrokenShardError(*error.args) from error
     for folder in storage.list_folders(snapshot.folder):
         if folder.startswith("."):
             storage.delete_folder(join(snapshot.folder, folder))
-    storage.make_durable(snapshot.folder, [shard["file"] for shard in manifest["shards"]])
+    storage.make_durable(snapshot.folder, [file["file"] for file in (*manifest["shards"], *snapshot.rejected_files)])
     path = manifest_path(output, name)
     try:
         storage.create_exclusively(path, json.dumps(manifest, indent=2).encode() + b"\n")

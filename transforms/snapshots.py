@@ -11,7 +11,7 @@ snapshot whose run lost against another one, or died between its manifest and LA
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -108,6 +108,11 @@ class Snapshot:
     def shard_paths(self) -> list[str]:
         """Its Parquet files, in the manifest's order."""
         return [join(self.folder, shard["file"]) for shard in self.manifest["shards"]]
+
+    @property
+    def rejected_files(self) -> list[dict[str, Any]]:
+        """Its files of rejected records, described as shards are; none where its manifest does not list them."""
+        return self.manifest.get("rejected_files", [])
 
     @property
     def num_rows(self) -> int:
@@ -301,13 +306,26 @@ def check_shards(snapshot: Snapshot) -> None:
     Raises:
       DamagedSnapshotError: a shard is missing or has another size.
     """
+    _check_sizes(snapshot, snapshot.manifest["shards"])
+
+
+def check_files(snapshot: Snapshot) -> None:
+    """As `check_shards`, for the files of rejected records too, which no later run reads.
+
+    Raises:
+      DamagedSnapshotError: a file is missing or has another size.
+    """
+    _check_sizes(snapshot, [*snapshot.manifest["shards"], *snapshot.rejected_files])
+
+
+def _check_sizes(snapshot: Snapshot, files: Sequence[Mapping[str, Any]]) -> None:
     sizes = storage.list_files(snapshot.folder)
-    for shard in snapshot.manifest["shards"]:
-        path = join(snapshot.folder, shard["file"])
-        if shard["file"] not in sizes:
+    for file in files:
+        path = join(snapshot.folder, file["file"])
+        if file["file"] not in sizes:
             raise DamagedSnapshotError(path, "is missing")
-        if sizes[shard["file"]] != shard["bytes"]:
-            raise DamagedSnapshotError(path, f"has {sizes[shard['file']]} bytes, not {shard['bytes']}")
+        if sizes[file["file"]] != file["bytes"]:
+            raise DamagedSnapshotError(path, f"has {sizes[file['file']]} bytes, not {file['bytes']}")
 
 
 @contextmanager
