@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.search import read_snapshot_of
+from pipeline.search import read_snapshot_of, shown_rows
 from pipeline.text_table import text_pairs, text_table
 from transforms.audit import audit
 from transforms.diff import CATEGORIES, diff
@@ -119,7 +119,7 @@ def _spread(values: np.ndarray) -> dict[str, float] | None:
 
 def _rows(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
     for _, batch in snapshot.record_batches(batch_rows=64):
-        yield from batch.to_pylist()
+        yield from shown_rows(batch)
 
 
 def _as_json(value: Any) -> str:

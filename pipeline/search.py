@@ -9,8 +9,10 @@ import json
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.text_table import text_table
+from transforms.fields import storage_type
 from transforms.schema import FIXED_COLUMNS
 from transforms.snapshots import Snapshot, embeddings_of, read_latest, read_snapshot
 
@@ -129,10 +131,36 @@ def nearest(snapshot: Snapshot, query: np.ndarray, top: int) -> list[Hit]:
         if len(candidates) > top:
             # All that reach the top-th score: among equals the id decides, not the place in the batch.
             candidates = candidates[scores[candidates] >= np.partition(scores[candidates], -top)[-top]]
-        rows = batch.drop_columns(["embedding"]).take(candidates).to_pylist()
+        rows = shown_rows(batch.drop_columns(["embedding"]).take(candidates))
         best += [_hit(score, row) for score, row in zip(scores[candidates].tolist(), rows, strict=True)]
         best = sorted(best, key=lambda hit: (-hit.score, hit.id))[:top]
     return best
+
+
+def shown_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Returns rows as Python's values by column, for a person to read.
+
+    Dates and times are Arrow's text of them, since Python's have neither nanoseconds nor all of Arrow's years; they are
+    numbers, in the unit of their type, where they are durations or Arrow does not know their time zone.
+    """
+    columns = {name: _shown(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    return pa.record_batch(columns).to_pylist()
+
+
+def _shown(column: pa.Array) -> pa.Array:
+    try:
+        return column.cast(_shown_type(column.type))
+    except pa.ArrowInvalid:
+        return column.cast(storage_type(column.type))
+
+
+def _shown_type(type_: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(_shown_type(field.type)) for field in type_])
+    if pa.types.is_list(type_):
+        return pa.list_(type_.value_field.with_type(_shown_type(type_.value_type)))
+    is_text = pa.types.is_temporal(type_) and not pa.types.is_duration(type_)
+    return pa.string() if is_text else storage_type(type_)
 
 
 def _hit(score: float, row: dict[str, Any]) -> Hit:

@@ -85,6 +85,35 @@ def test_other_columns_are_other_fields_but_their_order_is_not(tmp_path):
     assert diff(one, fewer).counts["fields_changed"] == 2
 
 
+def test_dates_and_times_that_python_has_not_are_compared(tmp_path):
+    kept = pa.schema(
+        [
+            ("day", pa.date32()),
+            ("seen", pa.timestamp("us")),
+            ("fine", pa.timestamp("ns")),
+            ("there", pa.timestamp("us", tz="Nowhere/Land")),
+            ("took", pa.duration("ns")),
+            ("all", pa.list_(pa.timestamp("ns"))),
+            ("part", pa.struct([("day", pa.date32())])),
+        ]
+    )
+    far, one = 9_000_000, 253_402_300_800_000_001  # Years 26611 and 10000.
+    old = {"day": far, "seen": one, "fine": 1, "there": 1, "took": 1, "all": [1, None], "part": {"day": far}}
+    rows = [embedding("same", **old), embedding("none", **dict.fromkeys(old))]
+    before = publish_rows(str(tmp_path), rows + [embedding(name, **old) for name in old], kept)
+    new = {"day": far + 1, "seen": one + 1, "fine": 2, "there": 2, "took": 2, "all": [1, 1], "part": {"day": far + 1}}
+    after = publish_rows(str(tmp_path), rows + [embedding(name, **old | {name: new[name]}) for name in old], kept)
+    found = diff(before, after)
+    assert found.counts == dict.fromkeys(CATEGORIES, 0) | {"unchanged": 2, "fields_changed": 7}
+    assert found.examples["fields_changed"] == sorted(old)
+
+
+def test_a_date_is_another_field_than_its_number(tmp_path):
+    days = publish_rows(str(tmp_path), [embedding("a", day=5)], pa.schema([("day", pa.date32())]))
+    numbers = publish_rows(str(tmp_path), [embedding("a", day=5)], pa.schema([("day", pa.int32())]))
+    assert diff(days, numbers).counts["fields_changed"] == 1
+
+
 def test_an_id_that_is_there_twice_is_named(tmp_path):
     whole = publish_rows(str(tmp_path), [embedding("a")])
     twice = publish_rows(str(tmp_path), [embedding("a"), embedding("b"), embedding("a", "another text")])

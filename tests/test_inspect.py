@@ -69,7 +69,7 @@ def test_a_snapshot_is_described_for_people(output, capsys):
         ["num_tokens", "1.0000", "10.5000", "20.0000"],
         ["first", "3", "rows"],
         ["id", "d2"],
-        ["seen", "2026-11-22", "18:00:00"],
+        ["seen", "2026-11-22", "18:00:00.000"],
     ):
         assert expected in lines, expected
     assert ["id", "d3"] not in lines
@@ -96,9 +96,14 @@ def test_a_snapshot_is_described_as_json(output, capsys):
             "num_tokens": 1,
             "truncated": False,
             "lang": "en",
-            "seen": str(SEEN),
+            "seen": "2026-11-22 18:00:00.000",
         }
     ]
+
+
+def test_years_that_python_has_not_are_shown(local, capsys):
+    publish_rows(local, [embedding("a", day=9_000_000)], pa.schema([("day", pa.date32())]))
+    assert ["day", "26611-03-02"] in [line.split() for line in run(capsys, local).splitlines()]
 
 
 def test_norms_are_measured_on_a_bounded_sample(local, monkeypatch):

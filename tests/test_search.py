@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from snapshot_helper import embedding, publish_rows, unit_vector
 
 from pipeline.__main__ import main
-from pipeline.search import nearest
+from pipeline.search import nearest, shown_rows
 from transforms import snapshots
 from transforms.encoder import BertLstmEncoder
 
@@ -98,6 +98,32 @@ def test_equally_close_rows_are_ordered_by_id(tmp_path):
     rows = [embedding(row_id, vector=unit_vector(1)) for row_id in "hgfedcba"]
     snapshot = publish_rows(str(tmp_path), rows, rows_per_shard=8)
     assert [hit.id for hit in nearest(snapshot, unit_vector(1), 3)] == ["a", "b", "c"]
+
+
+DATES = {
+    pa.date32(): (9_000_000, "26611-03-02"),
+    pa.timestamp("us"): (253_402_300_800_000_001, "10000-01-01 00:00:00.000001"),
+    pa.timestamp("ns"): (1, "1970-01-01 00:00:00.000000001"),
+    pa.timestamp("ms", tz="UTC"): (1500, "1970-01-01 00:00:01.500Z"),
+    pa.timestamp("ms", tz="Nowhere/Land"): (1500, 1500),
+    pa.time64("ns"): (1, "00:00:00.000000001"),
+    pa.duration("ns"): (1500, 1500),
+    pa.list_(pa.timestamp("ns")): ([1, None], ["1970-01-01 00:00:00.000000001", None]),
+    pa.struct([("day", pa.date32())]): ({"day": 9_000_000}, {"day": "26611-03-02"}),
+    pa.large_list(pa.date32()): ([9_000_000], [9_000_000]),
+    pa.string(): ("as it is", "as it is"),
+}
+
+
+@pytest.mark.parametrize(("type_", "value", "shown"), [(type_, *values) for type_, values in DATES.items()])
+def test_dates_and_times_that_python_has_not_are_shown(tmp_path, type_, value, shown):
+    kept = pa.schema([("kept", type_)])
+    rows = [embedding("a", kept=value), embedding("b", kept=None)]
+    snapshot = publish_rows(str(tmp_path), rows, kept)
+    hits = nearest(snapshot, unit_vector(1), 2)
+    assert {hit.id: hit.fields for hit in hits} == {"a": {"kept": shown}, "b": {"kept": None}}
+    [(_, batch)] = snapshot.record_batches(["id", "kept"])
+    assert shown_rows(batch) == [{"id": "a", "kept": shown}, {"id": "b", "kept": None}]
 
 
 def test_an_empty_snapshot_has_no_hits(tmp_path, encoder, tiny_checkpoint, capsys):

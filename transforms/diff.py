@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from transforms.fields import storage_type
 from transforms.id_partitions import IdPartitions, partition_count
 from transforms.schema import FIXED_COLUMNS
 from transforms.snapshots import DamagedSnapshotError, Snapshot
@@ -111,8 +112,20 @@ def _compared_batches(snapshot: Snapshot) -> Iterator[pa.RecordBatch]:
     kept = [name for name in schema.names if name not in FIXED_COLUMNS.names]
     for _, batch in snapshot.record_batches(["id", "content_hash", "encoder", *kept], _BATCH_ROWS):
         columns = [batch.column(name) for name in ("id", "content_hash", "encoder")]
-        rows = batch.select(kept).to_pylist() if kept else [{}] * batch.num_rows
+        rows = _comparable(batch.select(kept)).to_pylist() if kept else [{}] * batch.num_rows
         yield pa.record_batch([*columns, pa.array(map(_digest, rows), pa.binary())], schema=_COMPARED)
+
+
+def _comparable(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Returns dates and times as Arrow's integers, of which Python has all, in columns whose names tell their types."""
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        plain = storage_type(column.type)
+        if plain == column.type:
+            columns[name] = column
+        else:
+            columns[f"{name} {column.type}"] = column.cast(plain)
+    return pa.record_batch(columns)
 
 
 def _digest(fields: Mapping[str, object]) -> bytes:
