@@ -378,9 +378,14 @@ touch "$target/beam-runners-flink-1.19-job-server-2.62.0.jar"
 """Makes what our pom has Maven make."""
 
 
-def script(path: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(path: Path, *words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(path), *words], env={"HOME": "/nowhere"} | environment, capture_output=True, text=True, check=False
+        [str(path), *words],
+        env={"HOME": "/nowhere"} | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -389,7 +394,9 @@ def system(tmp_path) -> Path:
     """A folder of programs without Java, Maven and Go."""
     folder = tmp_path / "system"
     folder.mkdir()
-    for name in "bash basename cat cp dirname env find grep ln mkdir mktemp mv readlink rm sed sleep touch".split():
+    for (
+        name
+    ) in "bash basename cat cp dirname env find grep ln mkdir mktemp mv readlink realpath rm sed sleep touch".split():
         (folder / name).symlink_to(str(shutil.which(name)))
     return folder
 
@@ -448,6 +455,109 @@ def test_taking_down_a_cluster_that_was_never_up_does_no_harm(tmp_path):
     status = script(SCRIPT, "status", **environment)
     assert (status.returncode, status.stdout) == (1, f"no cluster runs in {tmp_path}/cluster\n")
     assert script(SCRIPT, "upp", **environment).returncode == 2
+
+
+def make_cluster(folder: Path, process_id: int | None = None) -> None:
+    """Makes a folder as `up` leaves it, with one process or none."""
+    (folder / "run").mkdir(parents=True, exist_ok=True)
+    (folder / "pids").mkdir()
+    (folder / "start-worker.sh").write_text("#!/usr/bin/env bash\n# Becomes a worker of deploy/flink/cluster.sh.\n")
+    if process_id is not None:
+        (folder / "pids" / "jobmanager.pid").write_text(f"{process_id}\n")
+
+
+@linux
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"FLINK_CLUSTER": "{}/cache/cluster/"},
+        {"FLINK_CLUSTER": "{}//cache/./cluster"},
+        {"FLINK_CLUSTER": "cache/cluster"},
+        {"FLINK_CLUSTER": "{}/link/cluster"},
+        {"FLINK_CACHE": "cache/"},
+        {"FLINK_CACHE": "{}/link"},
+    ],
+    ids=lambda settings: "=".join(*settings.items()),
+)
+def test_a_cluster_is_found_whatever_leads_to_its_folder(tmp_path, settings):
+    (tmp_path / "link").symlink_to("cache")
+    folder = tmp_path / "cache" / "cluster"
+    (folder / "run").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"], cwd=folder / "run") as process:
+        try:
+            make_cluster(folder, process.pid)
+            environment = {name: value.format(tmp_path) for name, value in settings.items()}
+            environment |= {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "FLINK_REST_PORT": "1"}
+            status = script(SCRIPT, "status", cwd=tmp_path, **environment)
+            assert status.stdout.splitlines() == [
+                f"jobmanager runs (process {process.pid})",
+                "TaskManagers at http://localhost:1: no JobManager",
+            ]
+            assert status.returncode == 0
+            assert script(SCRIPT, "down", cwd=tmp_path, **environment).returncode == 0
+            assert process.wait(0) == -signal.SIGTERM
+        finally:
+            process.kill()
+    assert [path.name for path in folder.iterdir()] == ["start-worker.sh"]
+
+
+@linux
+@pytest.mark.parametrize("word", ["up", "down", "status"])
+@pytest.mark.parametrize("content", ["run/mine", "pids/mine", "conf/config.yaml", "start-worker.sh", ".hidden"])
+def test_a_folder_with_other_things_is_no_cluster(tmp_path, word, content):
+    path = tmp_path / "folder" / content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with subprocess.Popen(["sleep", "60"], cwd=path.parent) as process:
+        try:
+            environment = {"PATH": os.environ["PATH"], "FLINK_CLUSTER": f"{tmp_path}/folder", "PYTHON": sys.executable}
+            done = script(SCRIPT, word, **environment)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert f"error: FLINK_CLUSTER={tmp_path}/folder holds something else than a cluster" in done.stderr
+            assert process.poll() is None
+        finally:
+            process.kill()
+    assert path.read_text() == "mine"
+    done = script(SCRIPT, word, **environment | {"FLINK_CLUSTER": str(path)})
+    assert (done.returncode, done.stderr) == (1, f"error: FLINK_CLUSTER={path} is not a folder\n")
+
+
+@linux
+def test_a_cluster_is_made_anew_but_what_others_put_beside_it_stays(tmp_path, system):
+    for tool in ("java", "go", "mvn"):
+        put_program(system / tool, "")
+    # One Python for the script that says the same to every question: packages, Beam's version, TaskManagers.
+    python = system / "python"
+    put_program(python, "echo same")
+    cache = tmp_path / "cache"
+    for name in ("flink-1.19.3/lib", "flink-1.19.3/conf", "boot-same", "worker-python", "job-server/lib"):
+        (cache / name).mkdir(parents=True)
+    (cache / "flink-1.19.3" / "conf" / "config.yaml").write_text("env:\n  java: {}\n\njobmanager:\n")
+    (cache / "worker-python" / "made-from").write_text("same\n")
+    (cache / "job-server" / "built-from").write_text((BUILD.parent / "pom.xml").read_text())
+    for jar in ("flink-1.19.3/lib/flink.jar", "job-server/job-server.jar", "job-server/lib/beam.jar"):
+        (cache / jar).touch()
+    folder = tmp_path / "cluster"
+    make_cluster(folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "lib").mkdir()
+    (folder / "lib" / "old.jar").touch()
+    for tool in ("chmod", "tail"):
+        (system / tool).symlink_to(str(shutil.which(tool)))
+    ports = dict(zip(("FLINK_REST_PORT", "FLINK_RPC_PORT", "FLINK_POOL_PORT"), map(str, free_ports(3)), strict=True))
+    environment = {"PATH": str(system), "FLINK_CLUSTER": f"{folder}/", "FLINK_CACHE": "cache", "PYTHON": str(python)}
+    done = script(SCRIPT, "up", cwd=tmp_path, **environment | ports)
+    # Nothing of it can start here, which comes after.
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: the cluster did not come up" in done.stderr
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == ["conf", "lib", "log", "notes.txt", "start-worker.sh"]
+    assert {path.name: path.readlink() for path in (folder / "lib").iterdir()} == {
+        "flink.jar": cache / "flink-1.19.3" / "lib" / "flink.jar",
+        "beam.jar": cache / "job-server" / "lib" / "beam.jar",
+    }
+    # It is still known as a cluster.
+    assert script(SCRIPT, "down", **environment).returncode == 0
 
 
 def test_the_pom_is_xml_that_names_one_flink():

@@ -5,29 +5,6 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 root=$(cd -- "$here/../.." && pwd -P)
 
-# --- Settings, from the environment ---
-
-cache=${FLINK_CACHE:-$root/.cache/flink}    # What is downloaded or built once.
-cluster=${FLINK_CLUSTER:-$cache/cluster}    # One cluster: its settings, logs and process ids.
-rest_port=${FLINK_REST_PORT:-8081}          # Web page and REST.
-rpc_port=${FLINK_RPC_PORT:-6123}            # Between JobManager and TaskManagers.
-pool_port=${FLINK_POOL_PORT:-50000}         # Worker pool.
-task_managers=${FLINK_TASK_MANAGERS:-2}
-slots=${FLINK_SLOTS:-2}                     # Of each TaskManager; they share one worker process and its model.
-memory=${FLINK_TASK_MANAGER_MEMORY:-2g}     # Of each TaskManager.
-python=${PYTHON:-$root/.venv/bin/python}    # With our dependencies; the workers get a copy of them.
-
-flink_version=1.19.3
-libraries="apache-flink-libraries==$flink_version --hash=sha256:4a58e3a1fb7d83340bc96b6c080624c6d792d69fae5d294b96224775204a9c60"
-# One of its wheels serves everywhere: only scripts are taken from it.
-scripts="apache-flink==$flink_version --hash=sha256:ff572c6ffa3867c21b8a455aefb50c53c91973fd0408df594ca26cb0a7bebc77"
-
-flink=$cache/flink-$flink_version
-worker_python=$cache/worker-python
-pids=$cluster/pids
-run=$cluster/run # The current folder of all processes of the cluster, and of no others: by it they are known.
-export FLINK_LIB_DIR=$cluster/lib FLINK_CONF_DIR=$cluster/conf FLINK_LOG_DIR=$cluster/log FLINK_PID_DIR=$cluster/flink-pids
-
 usage() {
   cat <<'END'
 usage: deploy/flink/cluster.sh up | down | status
@@ -52,10 +29,48 @@ fail() {
   exit 1
 }
 
+case ${1:-} in
+  up | down | status) ;;
+  -h | --help | help)
+    usage
+    exit
+    ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
+esac
+[[ -d /proc/self ]] || fail "this script needs Linux; Flink itself does not"
+
+# --- Settings, from the environment ---
+
+# Folders are named as the system names them, whatever links and dots lead there: by that name processes are found.
+cache=$(realpath -m -- "${FLINK_CACHE:-$root/.cache/flink}") # What is downloaded or built once.
+cluster=$(realpath -m -- "${FLINK_CLUSTER:-$cache/cluster}") # One cluster: its settings, logs and process ids.
+rest_port=${FLINK_REST_PORT:-8081}                           # Web page and REST.
+rpc_port=${FLINK_RPC_PORT:-6123}                             # Between JobManager and TaskManagers.
+pool_port=${FLINK_POOL_PORT:-50000}                          # Worker pool.
+task_managers=${FLINK_TASK_MANAGERS:-2}
+slots=${FLINK_SLOTS:-2}                  # Of each TaskManager; they share one worker process and its model.
+memory=${FLINK_TASK_MANAGER_MEMORY:-2g}  # Of each TaskManager.
+python=${PYTHON:-$root/.venv/bin/python} # With our dependencies; the workers get a copy of them.
+
+flink_version=1.19.3
+libraries="apache-flink-libraries==$flink_version --hash=sha256:4a58e3a1fb7d83340bc96b6c080624c6d792d69fae5d294b96224775204a9c60"
+# One of its wheels serves everywhere: only scripts are taken from it.
+scripts="apache-flink==$flink_version --hash=sha256:ff572c6ffa3867c21b8a455aefb50c53c91973fd0408df594ca26cb0a7bebc77"
+
+flink=$cache/flink-$flink_version
+worker_python=$cache/worker-python
+pids=$cluster/pids
+run=$cluster/run # The current folder of all processes of the cluster, and of no others: by it they are known.
+starter=$cluster/start-worker.sh
+mark='# Becomes a worker of deploy/flink/cluster.sh.' # In the starter: by it a folder is known as a cluster of this script.
+export FLINK_LIB_DIR=$cluster/lib FLINK_CONF_DIR=$cluster/conf FLINK_LOG_DIR=$cluster/log FLINK_PID_DIR=$cluster/flink-pids
+
 # --- What is fetched once; each folder gets its name when it is whole ---
 
 check_tools() {
-  [[ -d /proc/self ]] || fail "this script needs Linux; Flink itself does not"
   command -v java >/dev/null || fail "there is no Java: install it (on Debian and Ubuntu \`apt install openjdk-17-jre-headless\`)"
   command -v go >/dev/null || [[ -x $(boot_path) ]] ||
     fail "there is no Go, which builds the program that starts the workers: install Go 1.23 or later (https://go.dev/dl)"
@@ -130,6 +145,26 @@ build_boot() {
 
 # --- Up ---
 
+# Ends the script where the cluster's folder is somebody else's: parts of it are deleted, and processes in it killed.
+check_folder() {
+  [[ -d $cluster || ! -e $cluster ]] || fail "FLINK_CLUSTER=$cluster is not a folder"
+  if [[ -d $cluster && -n $(find "$cluster" -mindepth 1 -maxdepth 1 -print -quit) ]]; then
+    grep -qs "^$mark" "$starter" ||
+      fail "FLINK_CLUSTER=$cluster holds something else than a cluster of this script: name a new or an empty folder"
+  fi
+}
+
+# Makes the folder anew, but for what is not from here.
+make_cluster() {
+  local folders=("$FLINK_LIB_DIR" "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$cluster/workers")
+  mkdir -p "$cluster"
+  write_worker_starter # First, so that the folder stays known as ours whatever ends this.
+  rm -rf "${folders[@]}"
+  mkdir "${folders[@]}"
+  link_libraries
+  write_settings
+}
+
 # Flink's jars, and Beam's beside them, see the class loader's setting below.
 link_libraries() {
   local jar
@@ -173,9 +208,9 @@ END
 }
 
 write_worker_starter() {
-  cat >"$cluster/start-worker.sh" <<END
+  cat >"$starter" <<END
 #!/usr/bin/env bash
-# Becomes a worker. What a job brings is installed into the folder \$1, of this worker alone.
+$mark What a job brings is installed into the folder \$1, of this worker alone.
 set -euo pipefail
 folder=\$1
 shift
@@ -185,7 +220,7 @@ site=\$("\$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_pat
 export PATH=\$folder/venv/bin:\$PATH RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1
 exec "$(boot_path)" --semi_persist_dir="\$folder" "\$@"
 END
-  chmod +x "$cluster/start-worker.sh"
+  chmod +x "$starter"
 }
 
 # Starts a command in a process group of its own, apart from this terminal, and notes its id as $1.
@@ -205,7 +240,7 @@ start_part() {
     pool) # Started beside the repository, not in it: a worker must not find our package where it stands.
       start "$1" env -u PYTHONPATH -u PYTHONSAFEPATH PATH="$worker_python/bin:$PATH" \
         "$worker_python/bin/python" "$here/worker_pool.py" --service_port="$pool_port" \
-        --executable="$cluster/start-worker.sh" --folder="$cluster/workers"
+        --executable="$starter" --folder="$cluster/workers"
       ;;
   esac
 }
@@ -213,7 +248,7 @@ start_part() {
 up() {
   local name number port names=()
   check_tools
-  job_server=$("$here/build-job-server.sh")
+  job_server=$(FLINK_CACHE=$cache "$here/build-job-server.sh")
   make_once "$flink" fetch_flink
   make_once "$(dirname "$(boot_path)")" build_boot
   # Made anew where the submitter's packages changed.
@@ -228,11 +263,7 @@ up() {
     for port in "$rest_port" "$rpc_port" "$pool_port"; do
       ! answers "$port" || fail "port $port is taken: choose others (\`deploy/flink/cluster.sh help\` names the settings)"
     done
-    rm -rf "$cluster"
-    mkdir -p "$FLINK_LIB_DIR" "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$cluster/workers"
-    link_libraries
-    write_settings
-    write_worker_starter
+    make_cluster
     names=(jobmanager pool)
     for ((number = 1; number <= task_managers; number++)); do names+=("taskmanager-$number"); done
   fi
@@ -341,11 +372,5 @@ status() {
   [[ -z $(stopped) ]]
 }
 
-case ${1:-} in
-  up | down | status) "$1" ;;
-  -h | --help | help) usage ;;
-  *)
-    usage >&2
-    exit 2
-    ;;
-esac
+check_folder
+"$1"
