@@ -206,8 +206,13 @@ def test_a_launch_describes_the_job_and_ends(gcs_bucket, tiny_checkpoint, monkey
 # The script.
 
 
-def build(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", FOLDER / "build.sh", *arguments], capture_output=True, text=True, timeout=60)
+def build(*arguments: str, folder: Path = FOLDER) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", folder / "build.sh", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def put_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
 
 
 NEEDED = ["--project", "p", "--image=r-docker.pkg.dev/p/x/embed:1", "--template=gs://b/embed.json"]
@@ -233,6 +238,7 @@ def test_the_script_prints_what_it_would_run():
         ([*NEEDED, "--image=r/x/embed"], "--image r/x/embed needs a tag"),
         ([*NEEDED, "--template=b/t.json"], "is not of the form gs://BUCKET/NAME.json"),
         ([*NEEDED, "--python=3.9"], "--python 3.9 is not one of"),
+        ([*NEEDED, "--torch_index=https://i/whl"], "--torch_index https://i/whl does not end in /cu126, in another"),
         ([*NEEDED, "--pythn=3.11"], "unknown option --pythn=3.11"),
         (["--image"], "--image needs a value"),
     ],
@@ -242,6 +248,39 @@ def test_the_script_refuses_what_cannot_work(arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("venv", "given", "expected"),
+    [
+        ("echo 3.13", [], "3.13"),
+        ("echo 3.10", [], "3.10"),
+        ("echo 3.13", ["--python=3.12"], "3.12"),
+        ("echo 3.14", [], "3.11"),
+        (None, [], "3.11"),
+    ],
+)
+def test_the_image_gets_the_python_that_submits_jobs(tmp_path, venv, given, expected):
+    folder = tmp_path / "deploy" / "flex_template"
+    folder.mkdir(parents=True)
+    shutil.copy(FOLDER / "build.sh", folder)
+    if venv is not None:
+        (tmp_path / ".venv" / "bin").mkdir(parents=True)
+        put_program(tmp_path / ".venv" / "bin" / "python", venv)
+    result = build(*NEEDED, *given, "--dry_run", folder=folder)
+    assert result.stderr == ""
+    assert re.findall(r"_PYTHON_VERSION=([\d.]+)", result.stdout) == [expected]
+
+
+def test_a_venv_that_does_not_run_is_told(tmp_path):
+    folder = tmp_path / "deploy" / "flex_template"
+    folder.mkdir(parents=True)
+    shutil.copy(FOLDER / "build.sh", folder)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    put_program(tmp_path / ".venv" / "bin" / "python", "exit 127")
+    result = build(*NEEDED, "--dry_run", folder=folder)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {tmp_path}/.venv/bin/python does not run")
 
 
 def test_cloud_build_gets_the_arguments_of_the_dockerfile():
@@ -258,9 +297,91 @@ def test_cloud_build_gets_the_arguments_of_the_dockerfile():
     assert "--file=deploy/Dockerfile" in step["args"]
 
 
+# What the image installs.
+
+INSTALL = ROOT / "deploy" / "install.sh"
+CUDA_PACKAGE = re.compile(r"(torch|triton)==|cuda-|nvidia-")
+PINNED = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+[TORCH] = [line.removeprefix("torch==") for line in PINNED if line.startswith("torch==")]
+
+PIP = """
+echo "pip $*"
+while (($#)); do
+  if [[ $1 == --constraint ]]; then cp "$2" "$TAKEN"; fi
+  shift
+done"""
+"""Says what it is called with, and keeps the constraints."""
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Runs the script with a pip that installs nothing, and a PyTorch for the CUDA that is named."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    put_program(folder / "pip", PIP)
+
+    def run(index: str, cuda: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        put_program(folder / "python", f"echo {cuda}")
+        environment = {"PATH": f"{folder}:/usr/bin:/bin", "TAKEN": str(tmp_path / "taken"), "TMPDIR": str(tmp_path)}
+        result = subprocess.run(
+            ["bash", INSTALL, index], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        taken = tmp_path / "taken"
+        return result, taken.read_text().splitlines() if taken.exists() else []
+
+    return run
+
+
+def test_without_an_index_all_is_installed_as_pinned(install):
+    result, constraints = install("", "13.0")
+    assert result.stdout.splitlines() == ["pip install --no-cache-dir --constraint constraints.txt .", "pip check"]
+    assert (result.returncode, result.stderr, constraints) == (0, "", PINNED)
+
+
+@pytest.mark.parametrize(("name", "cuda"), [("cu126", "12.6"), ("cu130", "13.0"), ("cpu", "None")])
+def test_pytorch_comes_from_the_index_alone_and_brings_its_own_cuda(install, name, cuda):
+    index = f"https://download.pytorch.org/whl/{name}"
+    for given in (index, f"{index}/"):
+        result, constraints = install(given, cuda)
+        assert (result.returncode, result.stderr) == (0, "")
+        called, checked = result.stdout.splitlines()
+        assert called.endswith(f" --extra-index-url {index} .")
+        assert checked == "pip check"
+        kept = [line for line in PINNED if not CUDA_PACKAGE.match(line)]
+        # PyPI has no version with such an ending.
+        assert constraints == [*kept, f"torch=={TORCH}+{name}"]
+    assert len(kept) < len(PINNED) - 10
+
+
+def test_another_pytorch_than_that_of_the_index_is_refused(install):
+    result, _ = install("https://download.pytorch.org/whl/cu126", "13.0")
+    assert result.returncode == 1
+    assert result.stderr == "error: the PyTorch of https://download.pytorch.org/whl/cu126 is for CUDA 13.0, not 12.6\n"
+
+
+@pytest.mark.parametrize("index", ["https://download.pytorch.org/whl", "cu12", "https://i/cu1266", "https://i/rocm6.4"])
+def test_an_index_that_does_not_tell_its_cuda_is_refused(install, index):
+    result, constraints = install(index, "12.6")
+    assert (result.returncode, result.stdout, constraints) == (1, "", [])
+    assert result.stderr.startswith(f"error: TORCH_INDEX={index} must end in cu126")
+
+
+def test_the_dockerfile_installs_with_that_script():
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    assert 'RUN bash install.sh "$TORCH_INDEX"\n' in dockerfile
+    assert "pip install" not in dockerfile
+    # All that is copied from the repository gets there.
+    admitted = {
+        f"!{name}" for name in re.findall(r"[\w./]+", " ".join(re.findall(r"^COPY ((?!--).*) \S+$", dockerfile, re.M)))
+    }
+    ignored = (ROOT / "deploy" / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
+    assert admitted == {line for line in ignored if line.startswith("!")}
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_the_script_is_clean():
-    result = subprocess.run(["shellcheck", FOLDER / "build.sh"], capture_output=True, text=True)
+@pytest.mark.parametrize("path", [FOLDER / "build.sh", INSTALL], ids=lambda path: path.name)
+def test_a_script_is_clean(path):
+    result = subprocess.run(["shellcheck", path], capture_output=True, text=True)
     assert result.stdout == ""
 
 

@@ -11,9 +11,10 @@ usage: deploy/flex_template/build.sh --project P --image IMAGE --template gs://B
   --project P         the project that builds
   --image IMAGE       where the image is pushed: REGION-docker.pkg.dev/P/REPOSITORY/embed-corpus:TAG
   --template URL      where the template is written; needs `gcloud`, logged in
-  --python VERSION    of the image, 3.10 to 3.13; default 3.11. A job submitted without the template must come from
-                      the same version
-  --torch_index URL   where PyTorch comes from instead of PyPI, https://download.pytorch.org/whl/cu126 say
+  --python VERSION    of the image, 3.10 to 3.13; default: that of .venv, from which jobs are submitted, and 3.11 where
+                      there is none. Jobs submitted without the template must come from the same version
+  --torch_index URL   where PyTorch comes from instead of PyPI: https://download.pytorch.org/whl/cu126, or of another
+                      version of CUDA, or .../cpu
   --template_only     the image is there already
   --dry_run           print the commands, run none
 END
@@ -24,7 +25,18 @@ fail() {
   exit 2
 }
 
-project='' image='' template='' python=3.11 torch_index='' template_only='' dry_run=''
+# Prints the version of the Python that submits jobs, where there is one.
+default_python() {
+  local version=''
+  if [[ -x $root/.venv/bin/python ]]; then
+    version=$("$root/.venv/bin/python" -E -S -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
+      fail "$root/.venv/bin/python does not run: name the image's Python with --python, or run ./launch.sh again"
+  fi
+  if [[ $version =~ $pythons ]]; then echo "$version"; else echo 3.11; fi
+}
+
+pythons='^3\.1[0-3]$'
+project='' image='' template='' python='' torch_index='' template_only='' dry_run=''
 while (($#)); do
   case $1 in
     --project | --image | --template | --python | --torch_index)
@@ -48,7 +60,10 @@ done
 [[ $project && $image && $template ]] || fail "--project, --image and --template are needed; --help tells more"
 [[ $image == *:* ]] || fail "--image $image needs a tag: workers keep running the image they were started with"
 [[ $template == gs://*/*.json ]] || fail "--template $template is not of the form gs://BUCKET/NAME.json"
-[[ $python =~ ^3\.1[0-3]$ ]] || fail "--python $python is not one of 3.10, 3.11, 3.12, 3.13"
+[[ $python ]] || python=$(default_python)
+[[ $python =~ $pythons ]] || fail "--python $python is not one of 3.10, 3.11, 3.12, 3.13"
+[[ -z $torch_index || $torch_index =~ /(cpu|cu[0-9]{3})/?$ ]] ||
+  fail "--torch_index $torch_index does not end in /cu126, in another version of CUDA, or in /cpu"
 
 run() {
   if [[ $dry_run ]]; then
