@@ -125,6 +125,48 @@ def test_the_pool_starts_workers_by_the_script_that_is_mounted():
     assert volume["configMap"]["defaultMode"] == 0o755
 
 
+def in_megabytes(size: str) -> int:
+    return int(size[:-1]) * {"m": 1, "g": 1024}[size[-1]]
+
+
+def test_task_managers_have_the_memory_that_flink_needs_for_each_slot():
+    readme = (ROOT / "deploy" / "flink" / "README.md").read_text(encoding="utf-8")
+    needed = dict(re.findall(r"`(taskmanager\.[\w.-]+): (\S+)`", readme))
+    assert set(needed) == {
+        "taskmanager.memory.framework.off-heap.size",
+        "taskmanager.memory.network.min",
+        "taskmanager.memory.network.max",
+        "taskmanager.network.sort-shuffle.min-buffers",
+    }
+    # They hold for two slots, as the cluster on one machine has them.
+    script = (ROOT / "deploy" / "flink" / "cluster.sh").read_text(encoding="utf-8")
+    assert re.findall(r"^slots=\$\{FLINK_SLOTS:-(\d+)\}", script, re.MULTILINE) == ["2"]
+    assert [name for name, value in needed.items() if f"\n{name}: {value}\n" not in script] == []
+    settings = only("FlinkDeployment")["spec"]["flinkConfiguration"]
+    slots = int(settings["taskmanager.numberOfTaskSlots"])
+    for name, value in needed.items():
+        if ".memory." in name:
+            assert in_megabytes(settings[name]) * 2 >= in_megabytes(value) * slots, name
+        else:
+            assert settings[name] == value
+
+
+def test_a_run_that_is_stuck_ends():
+    assert only("Job")["spec"]["activeDeadlineSeconds"] == 12 * 3600
+
+
+def test_flinks_readme_starts_workers_as_the_manifest_does():
+    readme = (ROOT / "deploy" / "flink" / "README.md").read_text(encoding="utf-8")
+    blocks = [
+        re.sub("^  ", "", block, flags=re.MULTILINE) for block in re.findall(r"  ```\n(.*?)  ```\n", readme, re.DOTALL)
+    ]
+    [script] = only("ConfigMap")["data"].values()
+    [command] = [block for block in blocks if "worker_pool_main" in block]
+    assert script in blocks
+    pool = [*worker_pool()["command"], *worker_pool()["args"]]
+    assert shlex.split(command) == [word.replace("=/etc/embed/", "=/PATH/") for word in pool]
+
+
 def test_all_are_of_one_flink_and_one_beam():
     spec = only("FlinkDeployment")["spec"]
     version = spec["flinkVersion"].removeprefix("v").replace("_", ".")
