@@ -118,7 +118,7 @@ def test_known_texts_become_rows_and_unknown_ones_are_encoded_once():
         ],
         rows=[("a", "reused", VECTOR.vector), ("b", "reused", VECTOR.vector)],
         texts=[("new", 2, False)],
-        known_tokens=2,  # Not 4: without its vector, the text of two ids would have been encoded once.
+        known_tokens=4,  # With [CLS] and [SEP]; not 8, since the text of two ids would have been encoded once.
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_the_last_snapshots_vector_comes_before_a_crashed_runs():
         [(text_hash, recovered), (text_hash, VECTOR), (text_hash, reference("a", "t")), (text_hash, "t")],
         rows=[("a", "reused", VECTOR.vector)],
         texts=[],
-        known_tokens=2,
+        known_tokens=4,
     )
 
 
@@ -148,7 +148,7 @@ def test_a_text_of_very_many_ids_streams_through(monkeypatch):
         [(text_hash, "hot"), (text_hash, VECTOR), *references],
         rows=[(f"id{number}", "reused", VECTOR.vector) for number in range(25)],
         texts=[],
-        known_tokens=2,
+        known_tokens=4,
     )
 
 
@@ -206,6 +206,13 @@ def test_a_second_run_over_the_same_corpus_changes_nothing(tmp_path, tiny_checkp
     manifest = run_job(make_job(str(tmp_path), tiny_checkpoint, documents))
     assert counts(manifest) == {"read": 3, "reused": 2, "rejected": 1}
     assert published_rows(str(tmp_path)) == before
+
+
+def test_a_run_that_encodes_nothing_saves_the_tokens_that_the_run_before_it_encoded(tmp_path, tiny_checkpoint):
+    documents = documents_of({f"id{number}": "read file " * number for number in range(1, 9)})
+    first = run_job(make_job(str(tmp_path), tiny_checkpoint, documents))
+    second = run_job(make_job(str(tmp_path), tiny_checkpoint, documents, seconds_per_token=1.0))
+    assert second["seconds_saved"] == first["counts"]["tokens"] == sum(2 * number + 2 for number in range(1, 9))
 
 
 def test_another_encoder_encodes_everything_anew(tmp_path, tiny_checkpoint):

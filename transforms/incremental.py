@@ -14,6 +14,7 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.transforms.window import GlobalWindows
 
 from transforms.schema import Document, Rejected, content_hash, preview
+from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW
 
 _REFERENCES_WITH_TEXT = 100
 """References that travel with their text through the encoder; those beyond wait for its vector in a shuffle."""
@@ -250,7 +251,8 @@ class _MeetByText(beam.DoFn):
                 has_more = True
         # Without references, only documents that lost their id to another have this text.
         if references and known is not None:
-            self._known_tokens += known.num_tokens
+            # The window of short texts alone: longer ones would have had more, at most some hundredths of their tokens.
+            self._known_tokens += known.num_tokens + SPECIAL_TOKENS_PER_WINDOW
             for value in map(unpack, values) if has_more else references:
                 if isinstance(value, Reference):
                     yield TaggedOutput(self.ROWS, row_of(value, known))
@@ -277,7 +279,8 @@ class MatchTexts(beam.PTransform):
 
     Takes (content hash, str or packed Reference or KnownVector); gives a tuple of packed rows, TextToEncode,
     (content hash, packed Reference) of the references beyond the first hundred of a text that is to be encoded, and
-    tallies `known_tokens`: tokens of the texts, each counted once, whose vector is known.
+    tallies `known_tokens`: tokens of the texts, each counted once and with the special tokens of one window, whose
+    vector is known.
     """
 
     def expand(self, values):

@@ -75,7 +75,7 @@ def build_manifest(
       shards: the Parquet files, with the tallies of their rows.
       rejected: the files of rejected records, with the tallies of theirs by reason.
       tallies: `read`, `deleted`, `tokens`, `padded_tokens`, `encode_seconds`, `known_tokens` of distinct texts whose
-        vector was known, and `device <description>`.
+        vector was known (all three with special tokens), and `device <description>`.
     """
     rows = _summed(shards)
     by_reason = _summed(rejected)
