@@ -8,8 +8,9 @@ import time
 
 import pytest
 from google.api_core.exceptions import Forbidden, NotFound, RetryError, Unauthorized
-from google.auth.exceptions import RefreshError
+from google.auth.exceptions import RefreshError, TransportError
 from google.cloud.storage.exceptions import DataCorruption
+from requests import exceptions as requests_exceptions
 
 from transforms import gcs, storage
 from transforms.storage import ABSENT, ConflictError
@@ -66,6 +67,9 @@ def test_a_missing_bucket_is_named(gcs_bucket):
         (Unauthorized("no"), PermissionError, "gs://bucket/name: these credentials do not allow it"),
         (NotFound("no"), FileNotFoundError, "gs://bucket/name does not exist"),
         (RefreshError("expired"), PermissionError, "gs://bucket/name: expired: run `gcloud auth"),
+        (TransportError("no such host"), gcs.GcsError, "^gs://bucket/name: no such host$"),
+        (requests_exceptions.ConnectionError("no route"), gcs.GcsError, "^gs://bucket/name: no route$"),
+        (requests_exceptions.ChunkedEncodingError("cut off"), gcs.GcsError, "^gs://bucket/name: cut off$"),
         (RetryError("gave up", None), OSError, "gs://bucket/name: gave up"),
         (DataCorruption(None, "other bytes"), OSError, "gs://bucket/name: other bytes"),
     ],
@@ -73,6 +77,30 @@ def test_a_missing_bucket_is_named(gcs_bucket):
 def test_errors_of_googles_libraries_name_the_url_and_the_remedy(raised, expected, told):
     with pytest.raises(expected, match=told), gcs.errors_named("gs://bucket/name"):
         raise raised
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "told"),
+    [
+        (requests_exceptions.ConnectionError("no route"), gcs.GcsError, "numbers: no route"),
+        (Forbidden("no"), PermissionError, "numbers: these credentials do not allow it"),
+        (NotFound("gone"), FileNotFoundError, "numbers does not exist"),
+    ],
+)
+def test_errors_of_reading_an_open_object_name_it(gcs_bucket, monkeypatch, raised, expected, told):
+    url = f"{gcs_bucket}/numbers"
+    gcs.create_exclusively(url, bytes(range(256)))
+
+    def fail(*_, **__):
+        raise raised
+
+    with gcs.open_for_reading(url) as file:
+        assert file.read(2) == b"\x00\x01"
+        file.seek(0)
+        monkeypatch.setattr(gcs.Blob, "download_as_bytes", fail)
+        for read in (lambda: file.read(), lambda: file.readinto(bytearray(300))):
+            with pytest.raises(expected, match=f"{gcs_bucket}/{told}"):
+                read()
 
 
 def test_a_lost_answer_to_a_write_that_succeeded_is_no_conflict(gcs_bucket, gcs_emulator):

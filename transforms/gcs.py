@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, PreconditionFailed, Unauthorized
-from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.cloud.storage import Blob, Client
 from google.cloud.storage.exceptions import DataCorruption
+from google.cloud.storage.fileio import BlobReader
+from requests import RequestException
 
 _READ_BYTES = 1 << 20
 """Least bytes of one ranged read: Parquet footers and small columns are read in few requests, and little in vain."""
@@ -25,6 +27,10 @@ _LOG_IN = (
 
 class ConflictError(Exception):
     """A file was not written because another process had changed it in the meantime."""
+
+
+class GcsError(OSError):
+    """Google Cloud Storage gave no answer, or an error; this says nothing about what is stored there."""
 
 
 @lru_cache(maxsize=4)
@@ -69,7 +75,7 @@ def errors_named(url: str, needs_only_bucket: bool = False) -> Iterator[None]:
     Raises:
       FileNotFoundError: there is no such object, or bucket.
       PermissionError: the credentials do not allow it, or are no longer valid.
-      OSError: Google's answer was an error all the same, or the bytes that came are not those that are stored.
+      GcsError: no answer came, or it was an error all the same, or the bytes that came are not those that are stored.
     """
     try:
         yield
@@ -88,10 +94,12 @@ def errors_named(url: str, needs_only_bucket: bool = False) -> Iterator[None]:
                 f"{bucket} --location=REGION`"
             ) from error
         raise FileNotFoundError(f"{url} does not exist ({error.message})") from error
+    except (TransportError, RequestException) as error:  # Before GoogleAuthError, of which TransportError is one.
+        raise GcsError(f"{url}: {error}") from error
     except GoogleAuthError as error:
         raise PermissionError(f"{url}: {error}: {_LOG_IN}") from error
     except (GoogleAPIError, DataCorruption) as error:
-        raise OSError(f"{url}: {error}") from error
+        raise GcsError(f"{url}: {error}") from error
 
 
 def _blob(url: str) -> Blob:
@@ -152,8 +160,20 @@ def replace_if_generation(url: str, data: bytes, generation: int) -> None:
             ) from error
 
 
+class _ObjectReader(BlobReader):
+    """An object as a seekable file that reads ranges; its errors name the URL."""
+
+    def __init__(self, blob: Blob, url: str):
+        super().__init__(blob, chunk_size=_READ_BYTES)
+        self._url = url
+
+    def read(self, size: int = -1) -> bytes:
+        with errors_named(self._url):
+            return super().read(size)
+
+
 def open_for_reading(url: str) -> BinaryIO:
-    """Opens an object as a seekable file that reads ranges.
+    """Opens an object as a seekable file that reads ranges; its reads raise as `errors_named` does.
 
     Raises:
       FileNotFoundError: there is no such object.
@@ -161,7 +181,7 @@ def open_for_reading(url: str) -> BinaryIO:
     blob = _blob(url)
     with errors_named(url):
         blob.reload()
-    return blob.open("rb", chunk_size=_READ_BYTES)
+    return cast(BinaryIO, _ObjectReader(blob, url))
 
 
 def list_files(url: str) -> dict[str, int]:
