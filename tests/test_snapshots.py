@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from google.api_core.exceptions import Forbidden
+from google.cloud.storage import Blob
+from requests.exceptions import ConnectionError as RequestsConnectionError
 from snapshot_helper import NO_FIELDS, embedding, parquet_bytes, prepare, publish_rows, table
 
 from transforms import storage
+from transforms.gcs import GcsError
 from transforms.publish import publish, remove_old
 from transforms.schema import FIXED_COLUMNS
 from transforms.snapshots import (
@@ -22,6 +26,7 @@ from transforms.snapshots import (
     embeddings_of,
     is_published,
     is_snapshot_name,
+    latest_path,
     latest_version,
     list_published,
     list_work,
@@ -109,6 +114,24 @@ def test_a_snapshot_that_is_not_in_the_history_is_not_read(output):
     assert not is_published(output, lost.name)
     with pytest.raises(SnapshotError, match=f"no published snapshot '{lost.name}'"):
         read_snapshot(output, lost.name)
+
+
+def test_a_first_snapshot_that_is_published_while_latest_is_looked_for_is_read(output, monkeypatch):
+    run = prepare(output, ROWS)
+    read_versioned = storage.read_versioned
+    published = []
+
+    def read_then_publish(url):
+        found = read_versioned(url)
+        if url == latest_path(output) and not published:
+            published.append(run.name)
+            publish(*run)
+        return found
+
+    monkeypatch.setattr(storage, "read_versioned", read_then_publish)
+    latest = read_latest(output)
+    assert latest is not None
+    assert [latest.name] == published
 
 
 def test_the_history_ends_at_a_snapshot_that_was_removed(output):
@@ -251,6 +274,31 @@ def test_a_shard_on_gs_that_is_missing_is_named(gcs_bucket):
     for read in (lambda: check_shards(snapshot), lambda: list(snapshot.record_batches())):
         with pytest.raises(DamagedSnapshotError, match=r"gs://.*embeddings-00002-of-00003.parquet is missing"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"), [(RequestsConnectionError("no route"), GcsError), (Forbidden("no"), PermissionError)]
+)
+def test_a_shard_that_cannot_be_reached_is_not_called_damaged(gcs_bucket, monkeypatch, raised, expected):
+    path = publish_rows(gcs_bucket, ROWS).shard_paths[0]
+    download = Blob.download_as_bytes
+    downloads_left = 0
+
+    def download_or_fail(*arguments, **options):
+        nonlocal downloads_left
+        downloads_left -= 1
+        if downloads_left < 0:
+            raise raised
+        return download(*arguments, **options)
+
+    monkeypatch.setattr(Blob, "download_as_bytes", download_or_fail)
+    with pytest.raises(expected, match=path), open_shard(path):
+        pass
+    downloads_left = 1  # The footer.
+    with pytest.raises(expected, match=path):
+        list(read_shard(path))
+    downloads_left = 100
+    assert sum(map(len, read_shard(path))) == 4
 
 
 def test_shards_that_cannot_be_read_are_named(local):

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms import storage
+from transforms.gcs import GcsError
 from transforms.manifest import check_manifest
 from transforms.schema import EMBEDDING_DIM
 from transforms.storage import join
@@ -36,6 +37,9 @@ NAME_FORMAT = "%Y%m%dT%H%M%SZ"
 
 BATCH_ROWS = 8192
 """Rows that are read at once, 8 MiB of vectors."""
+
+_UNREADABLE = (GcsError, PermissionError)
+"""Errors that say nothing about a shard: it may be whole, and the network or the credentials are not."""
 
 _SNAPSHOT_PREFIX = "snapshot="
 _RUN_PREFIX = "run="
@@ -203,17 +207,21 @@ def read_latest(output: str) -> Snapshot | None:
     Raises:
       DamagedSnapshotError: LATEST names no snapshot, or its manifest is missing or invalid.
     """
-    name, generation = latest_version(output)
-    if name is not None:
-        return read_manifest(output, name)
-    if generation == storage.ABSENT:
-        _check_latest_not_lost(output)
-        return None
-    raise DamagedSnapshotError(latest_path(output), "does not hold the name of a snapshot")
+    latest = latest_version(output)
+    if latest.generation == storage.ABSENT:
+        published = _published_without_latest(output)
+        if published is None:
+            return None
+        latest = latest_version(output)  # Another run may have published since the first look, its first snapshot.
+        if latest.generation == storage.ABSENT:
+            raise DamagedSnapshotError(latest_path(output), f"is missing, though snapshot {published} was published")
+    if latest.name is None:
+        raise DamagedSnapshotError(latest_path(output), "does not hold the name of a snapshot")
+    return read_manifest(output, latest.name)
 
 
-def _check_latest_not_lost(output: str) -> None:
-    """Raises DamagedSnapshotError where a snapshot has a manifest and no claim: LATEST must have named it once.
+def _published_without_latest(output: str) -> str | None:
+    """Returns the last snapshot that has a manifest and no claim, if there is one: LATEST must have named it once.
 
     A run that died before LATEST has left its claim.
     """
@@ -221,7 +229,8 @@ def _check_latest_not_lost(output: str) -> None:
         if storage.read_versioned(manifest_path(output, name)) is not None:
             claim = join(output, WORK_FOLDER, CLAIMS_FOLDER, name + ".json")
             if storage.read_versioned(claim) is None:
-                raise DamagedSnapshotError(latest_path(output), f"is missing, though snapshot {name} was published")
+                return name
+    return None
 
 
 def read_snapshot(output: str, name: str) -> Snapshot:
@@ -334,6 +343,7 @@ def open_shard(path: str) -> Iterator[pq.ParquetFile]:
 
     Raises:
       DamagedSnapshotError: it is missing or is not Parquet.
+      OSError: it cannot be reached.
     """
     try:
         file = storage.open_for_reading(path)
@@ -342,6 +352,8 @@ def open_shard(path: str) -> Iterator[pq.ParquetFile]:
     with file:
         try:
             shard = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+        except _UNREADABLE:
+            raise
         except (OSError, pa.ArrowInvalid) as error:
             raise DamagedSnapshotError(path, f"is not Parquet ({error})") from error
         yield shard
@@ -359,12 +371,15 @@ def read_shard(
 
     Raises:
       DamagedSnapshotError: it is missing or cannot be decoded.
+      OSError: it cannot be reached.
     """
     with open_shard(path) as shard:
         batches = shard.iter_batches(batch_rows, columns=columns)
         while True:
             try:
                 batch = next(batches, None)
+            except _UNREADABLE:
+                raise
             except (OSError, pa.ArrowInvalid) as error:
                 raise DamagedSnapshotError(path, f"cannot be decoded ({error})") from error
             if batch is None:
