@@ -18,6 +18,9 @@ CRONTAB_COMMAND_LENGTH = 998
 _LOCKED = 75
 """Exit status of a run that was left out; the job has none of that number."""
 
+_RUN_DEADLINE_SECONDS = 12 * 3600
+"""How long a run of a CronJob may take, its second try included."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -252,6 +255,8 @@ def _dag(schedule: Schedule, operator_import: str, operator: str, arguments: Map
 def cron_job(schedule: Schedule, arguments: Sequence[str], pod: Pod) -> str:
     """Returns the manifest, in YAML, of a Kubernetes CronJob that runs `python -m pipeline`.
 
+    No two runs overlap: while one goes on, the next is left out. One that is stuck is ended after twelve hours.
+
     Args:
       schedule: when.
       arguments: command and options.
@@ -291,7 +296,15 @@ def cron_job(schedule: Schedule, arguments: Sequence[str], pod: Pod) -> str:
             "startingDeadlineSeconds": 3600,
             "successfulJobsHistoryLimit": 3,
             "failedJobsHistoryLimit": 3,
-            "jobTemplate": {"spec": {"backoffLimit": 1, "template": {"metadata": {"labels": labels}, "spec": spec}}},
+            "jobTemplate": {
+                "spec": {
+                    "backoffLimit": 1,
+                    # As runs must not overlap, one that is stuck would keep all later ones from starting. What is
+                    # merely slow loses little: the next run takes up what this one has saved.
+                    "activeDeadlineSeconds": _RUN_DEADLINE_SECONDS,
+                    "template": {"metadata": {"labels": labels}, "spec": spec},
+                }
+            },
         },
     }
     return yaml.dump(manifest, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=120)
