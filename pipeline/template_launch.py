@@ -1,10 +1,12 @@
 """The request that starts a Flex Template on Dataflow, from the options with which `embed` would be run."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline import dataflow
 from pipeline.options import EmbedOptions
+from transforms.checkpoint import is_shipped
 
 _ENVIRONMENT = {
     "autoscaling_algorithm": "autoscalingAlgorithm",
@@ -30,6 +32,12 @@ _NO_PARAMETERS = ("device", "dry_run", "skip_unchanged")
 
 _NUMBERS = ("diskSizeGb", "maxWorkers", "numWorkers")
 
+_AUTOSCALING_ALGORITHMS = {
+    "NONE": "AUTOSCALING_ALGORITHM_NONE",
+    "THROUGHPUT_BASED": "AUTOSCALING_ALGORITHM_BASIC",
+}
+"""Beam's names to the request's."""
+
 
 def launch_request(
     given: Mapping[str, str | bool | list[str]], options: EmbedOptions, template: str, job_name: str
@@ -43,16 +51,16 @@ def launch_request(
       job_name: Dataflow runs no two jobs of one name at once.
 
     Raises:
-      ValueError: an option cannot be told to a template.
+      ValueError: an option cannot be told to a template, or names a checkpoint that its job would not find.
     """
+    _check_checkpoint(str(given.get("checkpoint", options.checkpoint)))  # As it is sent.
     parameters: dict[str, str] = {"output": options.output}
     environment: dict[str, Any] = {}
     for name, value in given.items():
         if name in ("runner", "project", "region", "bucket", "output"):
             continue  # The request's address, name, or what follows from the bucket.
         if name in _ENVIRONMENT:
-            field = _ENVIRONMENT[name]
-            environment[field] = int(str(value)) if field in _NUMBERS else value
+            environment |= _environment(_ENVIRONMENT[name], value)
         elif name == "use_public_ips":
             environment["ipConfiguration"] = "WORKER_IP_PUBLIC" if value else "WORKER_IP_PRIVATE"
         elif name in _PARAMETERS_OF_BEAM or (name in vars(options) and name not in _NO_PARAMETERS):
@@ -64,6 +72,24 @@ def launch_request(
         environment = {"tempLocation": f"{folder}/temp", "stagingLocation": f"{folder}/staging"} | environment
     launch = {"jobName": job_name, "containerSpecGcsPath": template, "parameters": parameters}
     return {"launchParameter": launch | ({"environment": environment} if environment else {})}
+
+
+def _check_checkpoint(checkpoint: str) -> None:
+    """Refuses a folder that only this machine can mean: an absolute one may be in the template's image."""
+    if not (checkpoint.startswith("gs://") or os.path.isabs(checkpoint) or is_shipped(checkpoint)):
+        raise ValueError(
+            f"--checkpoint {checkpoint!r} is a folder of this machine, where a template's job cannot read it: copy it "
+            "to gs:// and name it there, or name a folder of the template's image by its absolute path"
+        )
+
+
+def _environment(field: str, value: str | bool | list[str]) -> dict[str, Any]:
+    """Returns a field of the request's environment, as its API takes it."""
+    if field in _NUMBERS:
+        return {field: int(str(value))}
+    if field == "autoscalingAlgorithm":
+        return {field: _AUTOSCALING_ALGORITHMS[str(value)]}
+    return {field: value}
 
 
 def _parameter(name: str, value: str | bool | list[str], parsed: object) -> dict[str, str]:
