@@ -5,6 +5,8 @@ schedule --cron '15 3 * * *' --format cron local --input 'corpus/*.jsonl' --outp
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -89,33 +91,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one entry, or all; returns the exit status: 0, or 2 where the one that was asked for cannot be made."""
+    """Prints one entry, or all; returns the exit status: 0, or 2 where none that was asked for can be made."""
     if told := _misleading(arguments):
         print(f"error: {told}", file=sys.stderr)
         return 2
-    options = parse([f"--runner={arguments.word}", *arguments.options, *_brought_by_template(arguments)])
+    names = _FORMATS if arguments.format == "all" else (arguments.format,)
+    parsed = {name: _parsed(arguments, name) for name in names}
+    refusals = [options for options in parsed.values() if isinstance(options, str)]
+    if len(refusals) == len(parsed) and len(set(refusals)) == 1:
+        sys.stderr.write(refusals[0])
+        return 2
     if arguments.format != "all":
         try:
-            print(_FORMATS[arguments.format](arguments, options), end="")
+            print(_entry(arguments, arguments.format, parsed[arguments.format]), end="")
         except (_LeftOutError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         return 0
-    for name, make in _FORMATS.items():
+    made = 0
+    for name, options in parsed.items():
         try:
-            print(f"# ---- {name} ----\n{make(arguments, options)}")
+            print(f"# ---- {name} ----\n{_entry(arguments, name, options)}")
+            made += 1
         except (_LeftOutError, ValueError) as error:
             print(f"# ---- {name}: left out ----\n# {error}\n")
-    return 0
+    if not made:
+        print("error: every entry is left out; the lines above say why", file=sys.stderr)
+    return 0 if made else 2
 
 
-def _brought_by_template(arguments: argparse.Namespace) -> list[str]:
-    """Returns options that a Flex Template's launcher adds to those of the job, if it is what starts the job."""
-    starts_template = arguments.format.startswith("cloud-scheduler") or arguments.format == "airflow"
-    if arguments.word != "dataflow" or not arguments.template or not starts_template:
+def _parsed(arguments: argparse.Namespace, name: str) -> EmbedOptions | str:
+    """Returns the options of the job that a format's entry starts, or what `parse` writes where it refuses them.
+
+    Raises:
+      SystemExit: 0, after `--help` among the options.
+    """
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):  # Another format may take them.
+            return parse([f"--runner={arguments.word}", *_brought_by_template(arguments, name), *arguments.options])
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        return written.getvalue()
+
+
+def _brought_by_template(arguments: argparse.Namespace, name: str) -> list[str]:
+    """Returns options that a Flex Template's launcher adds, if it is what starts the job; those given count more."""
+    if arguments.word != "dataflow" or not arguments.template or name not in _STARTING_TEMPLATE:
         return []
-    image = [] if _given(arguments).get("sdk_container_image") else ["--sdk_container_image=the-templates"]
-    return [*image, f"--template_location={arguments.template}"]
+    return ["--sdk_container_image=the-templates", f"--template_location={arguments.template}"]
+
+
+def _entry(arguments: argparse.Namespace, name: str, options: EmbedOptions | str) -> str:
+    """Returns a format's entry, of options as `_parsed` returned them."""
+    if isinstance(options, str):
+        raise _LeftOutError(options.strip().partition(": error: ")[2])
+    return _FORMATS[name](arguments, options)
 
 
 def _misleading(arguments: argparse.Namespace) -> str | None:
@@ -201,8 +233,9 @@ def _scheduler_json(arguments: argparse.Namespace, options: EmbedOptions) -> str
 
 def _airflow(arguments: argparse.Namespace, options: EmbedOptions) -> str:
     if arguments.template:
+        launch = _launch(arguments, options)  # First: only Dataflow's options have a place.
         project, region = _place(arguments)
-        return entries.airflow_template_dag(_schedule(arguments), project, region, _launch(arguments, options))
+        return entries.airflow_template_dag(_schedule(arguments), project, region, launch)
     return entries.airflow_bash_dag(_schedule(arguments), _command(arguments), os.getcwd())
 
 
@@ -243,6 +276,9 @@ _FORMATS: dict[str, Callable[[argparse.Namespace, EmbedOptions], str]] = {
     "airflow": _airflow,
     "kubernetes": _cron_job,
 }
+
+_STARTING_TEMPLATE = ("cloud-scheduler", "cloud-scheduler-json", "airflow")
+"""Formats whose entries start the Flex Template where one is given."""
 
 
 def _check_seen_by_pod(arguments: argparse.Namespace, options: EmbedOptions, volumes: Mapping[str, str]) -> None:

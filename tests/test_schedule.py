@@ -174,6 +174,11 @@ def test_the_words_are_those_of_the_runners():
         ),
         (["--format=airflow", TEMPLATE[0], *CLOUD, "--device=cpu"], "--device cannot be told to a template"),
         (["--format=airflow", TEMPLATE[0], *CLOUD, "--text_field=a,b"], "--text_field 'a,b' has a comma in it"),
+        (["--format=airflow", TEMPLATE[0], "local", "--output=gs://b/o"], "take the word dataflow"),
+        (["--format=airflow", TEMPLATE[0], *CLOUD, "--checkpoint=mine"], "--checkpoint 'mine' is a folder of this"),
+        (["--format=airflow", TEMPLATE[0], *CLOUD, "--checkpoint=./a/b"], "--checkpoint './a/b' is a folder of this"),
+        ([*TEMPLATE, *CLOUD, "--inptu=x"], "unknown option --inptu=x; did you mean --input?"),
+        ([*TEMPLATE, *CLOUD, "--gpu=L5"], "--gpu 'L5' names no GPU"),
     ],
 )
 def test_what_would_fail_in_the_night_fails_now(argv, told, capsys):
@@ -191,6 +196,52 @@ def test_all_prints_what_the_options_allow_and_why_the_rest_is_missing(capsys):
     for name in schedule._FORMATS:
         entry = printed(capsys, f"--format={name}", *TEMPLATE, "--image=i", *CLOUD, "--sdk_container_image=i")
         assert f"# ---- {name} ----\n{entry}\n" in out
+
+
+def entries_of(out: str) -> dict[str, str]:
+    """Returns what stands under each heading."""
+    _, *parts = re.split(r"^# ---- (.*) ----\n", out, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_what_one_format_refuses_others_may_take(capsys):
+    options = [*TEMPLATE, "--image=i", *CLOUD, "--gpu=nvidia-l4"]  # The template brings the image that a GPU needs.
+    out = entries_of(printed(capsys, *options))
+    assert list(out) == [
+        "cron: left out", "cloud-scheduler", "cloud-scheduler-json", "airflow", "kubernetes: left out",
+    ]  # fmt: skip
+    for name, text in out.items():
+        if name in schedule._FORMATS:
+            assert text == printed(capsys, f"--format={name}", *options) + "\n"
+        else:
+            told = refusal(capsys, f"--format={name.partition(':')[0]}", *options)
+            assert told.startswith("--gpu needs --sdk_container_image")
+            assert text == f"# {told}\n\n"
+
+
+def test_a_template_is_left_out_where_only_a_run_from_here_can_be_made(capsys):
+    out = entries_of(printed(capsys, TEMPLATE[0], "local", "--output=gs://b/o"))
+    assert list(out) == [
+        "cron", "cloud-scheduler: left out", "cloud-scheduler-json: left out", "airflow: left out",
+        "kubernetes: left out",
+    ]  # fmt: skip
+    assert "take the word dataflow" in out["airflow: left out"]
+
+
+def test_where_each_entry_is_left_out_for_its_own_reason_nothing_is_made(capsys):
+    assert main(["schedule", *TEMPLATE, *CLOUD, "--checkpoint=mine"]) == 2
+    out, err = capsys.readouterr()
+    assert all(name.endswith(": left out") for name in entries_of(out))
+    assert out.count("--checkpoint 'mine' is a folder of this machine") == 3
+    assert out.count("--checkpoint 'mine' is on this machine") == 2
+    assert err == "error: every entry is left out; the lines above say why\n"
+
+
+def test_help_among_the_options_is_that_of_the_job(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["schedule", "local", "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.count("--max_rejected_fraction") == 2  # Once in the usage, once among the options.
 
 
 # --- cron ---
@@ -463,6 +514,38 @@ def test_a_misspelt_field_of_a_request_is_found():
         check_launch({"launchParameter": launch}, "p", "r")
 
 
+ENVIRONMENT = {
+    "autoscaling_algorithm": ("NONE", "AUTOSCALING_ALGORITHM_NONE"),
+    "dataflow_kms_key": ("projects/p/locations/r/keyRings/k/cryptoKeys/c",) * 2,
+    "disk_size_gb": ("50", 50),
+    "experiments": ("use_runner_v2", ["use_runner_v2"]),
+    "machine_type": ("n1-standard-4",) * 2,
+    "max_num_workers": ("20", 20),
+    "network": ("default",) * 2,
+    "num_workers": ("2", 2),
+    "service_account_email": ("worker@my-project.iam",) * 2,
+    "staging_location": ("gs://s/t",) * 2,
+    "subnetwork": ("regions/us-central1/subnetworks/default",) * 2,
+    "temp_location": ("gs://t/t",) * 2,
+    "worker_zone": ("us-central1-a",) * 2,
+}
+"""Options to a value of each, and what the request has of it."""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [ENVIRONMENT, {**ENVIRONMENT, "autoscaling_algorithm": ("THROUGHPUT_BASED", "AUTOSCALING_ALGORITHM_BASIC")}],
+)
+def test_every_option_of_the_environment_is_one_that_google_takes(environment):
+    assert environment.keys() == template_launch._ENVIRONMENT.keys()
+    words = [*CLOUD[1:], *(f"--{name}={value}" for name, (value, _) in environment.items())]
+    launch = launch_request(given_options(words), parse(["--runner=dataflow", *words]), "gs://b/t", "n")
+    check_launch(launch, "my-project", "us-central1")
+    assert launch["launchParameter"]["environment"] == {
+        template_launch._ENVIRONMENT[name]: sent for name, (_, sent) in environment.items()
+    }
+
+
 def test_every_parameter_of_the_template_can_be_scheduled():
     options = vars(parse(["--runner=local"])).keys() - {"runner", "bucket", "beam_options"}
     assert {*options, *template_launch._PARAMETERS_OF_BEAM} - {*template_launch._NO_PARAMETERS} == PARAMETERS.keys()
@@ -647,6 +730,7 @@ def test_a_cron_job_runs_the_very_options_in_a_pod(capsys):
     spec = manifest["spec"]
     assert (spec["schedule"], spec["timeZone"]) == ("15 3 * * *", "Europe/Zurich")
     assert spec["concurrencyPolicy"] == "Forbid"
+    assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 43200
     pod = spec["jobTemplate"]["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     assert pod["serviceAccountName"] == "embed"
