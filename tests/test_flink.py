@@ -49,8 +49,10 @@ ALWAYS = {
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ([], {"--flink_master=[local]", "--environment_type=LOOPBACK"}),
-        (["--flink_master=[auto]"], {"--environment_type=LOOPBACK"}),
+        ([], {"--flink_master=[local]", "--flink_version=1.19", "--environment_type=LOOPBACK"}),
+        (["--flink_master=[auto]"], {"--flink_version=1.19", "--environment_type=LOOPBACK"}),
+        (["--flink_version=2.2"], {"--flink_master=[local]", "--environment_type=LOOPBACK"}),
+        (["--flink_job_server_jar=own.jar"], {"--flink_master=[local]", "--environment_type=LOOPBACK"}),
         (
             ["--flink_master=localhost:8081"],
             {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}"},
@@ -85,7 +87,7 @@ def test_what_flink_needs_is_filled_in(given, expected):
 
 def test_what_a_person_gives_stands():
     given = {option.partition("=")[0] + "=7" for option in ALWAYS - {"--faster_copy=true"}} | {"--faster_copy=false"}
-    assert added(*given) == {"--flink_master=[local]", "--environment_type=LOOPBACK"}
+    assert added(*given) == {"--flink_master=[local]", "--flink_version=1.19", "--environment_type=LOOPBACK"}
 
 
 def test_an_installed_package_has_no_setup_file():
@@ -286,21 +288,21 @@ def test_a_job_server_that_runs_needs_neither_java_nor_jar(tmp_path, fake_flink)
 
 def test_where_beam_cannot_fetch_its_jar_it_is_told_what_to_do(tmp_path, bin_folder, monkeypatch):
     (port,) = free_ports(1)
-    url = f"http://localhost:{port}/beam-runners-flink-2.2-job-server-2.77.0.jar"
+    url = f"http://localhost:{port}/beam-runners-flink-1.19-job-server-2.77.0.jar"
     monkeypatch.setattr(JavaJarJobServer, "path_to_beam_jar", lambda *_: url)
     cache = f"--jar_cache_dir={tmp_path}"
     with pytest.raises(flink_setup.FlinkError) as told:
         prepared(tmp_path, cache)
     assert str(told.value).startswith(
-        f"there is no job server for Flink 2.2, and Beam could not fetch its own: {url}: "
+        f"there is no job server for Flink 1.19, and Beam could not fetch its own: {url}: "
     )
     assert "Build one with deploy/flink/build-job-server.sh" in str(told.value)
     assert "name it with --flink_job_server_jar" in str(told.value)
     # One that was put where Beam keeps its own needs no network.
-    (tmp_path / "beam-runners-flink-2.2-job-server-2.77.0.jar").touch()
+    (tmp_path / "beam-runners-flink-1.19-job-server-2.77.0.jar").touch()
     assert (
         prepared(tmp_path, cache)[0]
-        == f"--flink_job_server_jar={tmp_path}/beam-runners-flink-2.2-job-server-2.77.0.jar"
+        == f"--flink_job_server_jar={tmp_path}/beam-runners-flink-1.19-job-server-2.77.0.jar"
     )
 
 
@@ -504,13 +506,14 @@ def test_a_cluster_is_found_whatever_leads_to_its_folder(tmp_path, settings):
 @linux
 @pytest.mark.parametrize("word", ["up", "down", "status"])
 @pytest.mark.parametrize("content", ["run/mine", "pids/mine", "conf/config.yaml", "start-worker.sh", ".hidden"])
-def test_a_folder_with_other_things_is_no_cluster(tmp_path, word, content):
+def test_a_folder_with_other_things_is_no_cluster(tmp_path, system, word, content):
     path = tmp_path / "folder" / content
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("mine")
     with subprocess.Popen(["sleep", "60"], cwd=path.parent) as process:
         try:
-            environment = {"PATH": os.environ["PATH"], "FLINK_CLUSTER": f"{tmp_path}/folder", "PYTHON": sys.executable}
+            # Without Java: should `up` ever go on, it starts nothing.
+            environment = {"PATH": str(system), "FLINK_CLUSTER": f"{tmp_path}/folder", "PYTHON": sys.executable}
             done = script(SCRIPT, word, **environment)
             assert (done.returncode, done.stdout) == (1, "")
             assert f"error: FLINK_CLUSTER={tmp_path}/folder holds something else than a cluster" in done.stderr
