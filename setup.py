@@ -53,5 +53,5 @@ setup(
     package_data={"transforms": ["checkpoints/**/*"]},
     install_requires=REQUIREMENTS,
     extras_require={"test": TEST_REQUIREMENTS},
-    entry_points={"console_scripts": ["embed-corpus = pipeline.__main__:main"]},
+    entry_points={"console_scripts": ["embed-corpus = pipeline.__main__:run_and_leave"]},
 )

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_and_leave() -> None:
+def run_and_leave() -> None:
     """Runs the command of this process, and ends it.
 
     Where it failed or was interrupted, threads of the job may still compute with what Python takes apart at its end,
@@ -117,4 +117,4 @@ def _run_and_leave() -> None:
 
 
 if __name__ == "__main__":
-    _run_and_leave()
+    run_and_leave()

@@ -30,7 +30,7 @@ from pipeline.runners import beam_name, is_in_process
 from pipeline.sample import KEPT_FIELDS, write_sample
 from pipeline.summary import summary
 from transforms import storage
-from transforms.checkpoint import cache_folder
+from transforms.checkpoint import cache_folder, is_shipped
 from transforms.fingerprint import describe_checkpoint
 from transforms.hardware import resolve_device, resolve_dtype
 from transforms.input_digest import input_digest
@@ -139,6 +139,9 @@ def plan(options: EmbedOptions) -> Job | None:
     if _worker_processes(options.beam_options) is not None:
         _check_imports_of_processes()
     storage.check_url(options.output)
+    if not is_in_process(options.runner):  # The workers may stand in other folders.
+        checkpoint = options.checkpoint if is_shipped(options.checkpoint) else _absolute(options.checkpoint)
+        options = replace(options, output=_absolute(options.output), checkpoint=checkpoint)
     if flink.is_flink(options.runner):
         options = replace(options, beam_options=tuple(prepare(options.beam_options)))
     encoder = describe_encoder(options.checkpoint, options.max_tokens)
@@ -197,6 +200,10 @@ def plan(options: EmbedOptions) -> Job | None:
         beam_options=options.beam_options,
         encoder_hints=dataflow.encoder_hints(options.gpu, options.gpu_everywhere),
     )
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 def _digest(

@@ -16,6 +16,9 @@ from apache_beam.options.pipeline_options import (
     SetupOptions,
 )
 
+TESTED_FLINK_VERSION = "1.19"
+"""Of Flink's versions the one that all is tested with."""
+
 LOCAL = "[local]"
 """As master: an embedded Flink, in the job server's own process."""
 
@@ -90,6 +93,8 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
     defaults = dict(_DEFAULTS)
     if master_of(given) is None and not portable.job_endpoint:
         defaults["flink_master"] = LOCAL
+        if options.view_as(FlinkRunnerOptions).flink_job_server_jar is None:
+            defaults["flink_version"] = TESTED_FLINK_VERSION  # Beam would take its newest, built here or not.
     kind = portable.environment_type or ("EXTERNAL" if is_on_cluster(given) else "LOOPBACK")
     defaults["environment_type"] = kind
     if kind == "EXTERNAL" and not (portable.environment_config or portable.environment_options):

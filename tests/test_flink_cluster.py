@@ -83,9 +83,14 @@ def local(tmp_path_factory, corpus, tiny) -> Snapshot:
 
 
 @pytest.fixture(scope="module")
-def remote(cluster, tmp_path_factory, corpus, tiny) -> Snapshot:
-    """What the cluster makes of the corpus, with workers that get our package from the job."""
-    return run("flink", cluster.staged, tmp_path_factory.mktemp("remote") / "out", corpus, *tiny)
+def remote(cluster, tmp_path_factory, corpus, tiny_checkpoint) -> Snapshot:
+    """What the cluster makes of the corpus, with workers that get our package from the job, and stand elsewhere."""
+    folder = tmp_path_factory.mktemp("remote")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        checkpoint = f"--checkpoint={os.path.relpath(tiny_checkpoint)}"
+        run("flink", cluster.staged, Path("out"), corpus, checkpoint, "--keep_fields=n")
+    return latest(folder / "out")
 
 
 def sorted_table(snapshot: Snapshot) -> pa.Table:

@@ -169,3 +169,14 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize("status", [0, 1, 130])
+def test_a_process_ends_with_the_status_of_its_command_after_all_else_was_cleaned_up(status):
+    script = (
+        "import atexit, pipeline.__main__ as m\n"
+        f"m.main = lambda: atexit.register(print, 'cleaned up', end='') and {status}\n"
+        "m.run_and_leave()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "cleaned up", "")

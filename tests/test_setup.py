@@ -93,7 +93,8 @@ def test_an_installed_wheel_runs_and_finds_its_checkpoints(wheel, tmp_path):
         "import transforms.checkpoint as c; print(c.__file__); print(c.checkpoint_folder('of_the_test'))\n"
         "from importlib.metadata import distribution\n"
         "(entry,) = distribution('embed-corpus').entry_points\n"
-        "print(entry.name); entry.load()(['--help'])"
+        "import sys; sys.argv[1:] = ['--help']\n"
+        "print(entry.name); entry.load()()"
     )
     result = subprocess.run(
         [sys.executable, "-c", script],
