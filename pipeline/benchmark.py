@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import benchmark_incremental
+from pipeline.option_types import positive
 from pipeline.sample import write_sample
 from pipeline.text_table import text_table
 from transforms.checkpoint import CheckpointConfig, bert_folder, checkpoint_folder
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_field", default="text", metavar="NAME", help="field of the text; default text")
     parser.add_argument(
         "--limit",
-        type=int,
+        type=positive,
         default=4000,
         metavar="TEXTS",
         help="texts taken from each file, evenly spread; default 4000",
@@ -77,15 +78,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="of the encoder; repeatable; default float32, and bfloat16 where the device has it natively",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of all that is measured; default: all")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="each is measured N times; default 3")
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads of all that is measured; default: all"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="each is measured N times; default 3")
     parser.add_argument(
         "--incremental",
         action="store_true",
         help="measure instead what a second run costs when little changed: 200,000 short documents unless --documents",
     )
     parser.add_argument(
-        "--documents", type=int, default=200_000, metavar="N", help="of the --incremental corpus; default 200000"
+        "--documents",
+        type=benchmark_incremental.number_of_documents,
+        default=200_000,
+        metavar="N",
+        help="of the --incremental corpus; default 200000",
     )
 
 
@@ -122,16 +129,20 @@ def read_texts(path: Path, text_field: str, limit: int) -> list[str]:
       limit: the most texts; they are spread evenly over the file.
 
     Raises:
-      ValueError: the file is of another kind, or has no such field.
+      ValueError: the file is of another kind, or has no such field of text.
     """
     if path.suffix == ".parquet":
+        if text_field not in pq.read_schema(path).names:
+            raise ValueError(f"{path} has no column {text_field!r}: name the one of the text with --text_field")
         texts = pq.read_table(path, columns=[text_field]).column(text_field).to_pylist()
     elif path.suffix == ".jsonl":
         with open(path, encoding="utf-8") as lines:
-            texts = [json.loads(line)[text_field] for line in lines]
+            texts = [json.loads(line).get(text_field) for line in lines]
     else:
         raise ValueError(f"{path}: only .parquet and .jsonl are read here")
-    texts = [text for text in texts if text and text.strip()]
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise ValueError(f"{path} has no text in {text_field!r}: name the field of the text with --text_field")
     return texts[:: max(1, len(texts) // limit)][:limit]
 
 

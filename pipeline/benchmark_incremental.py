@@ -1,5 +1,6 @@
 """Measures what a second run costs when little of a corpus changed, and where the time goes."""
 
+import argparse
 import json
 import random
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import embed
+from pipeline.option_types import positive
 from pipeline.options import parse
 from pipeline.sample import write_sample
 from pipeline.text_table import text_table
@@ -19,7 +21,10 @@ CHANGED, DELETED, NEW = 0.01, 0.005, 0.005
 """Of the documents, from the first run to the second."""
 
 _WORDS = range(8, 15)
-"""Words of a document: about 12 tokens, as a chat message has."""
+"""Words of a document, not all of them in the vocabulary: some 45 tokens; how many it were is printed."""
+
+_FEWEST_DOCUMENTS = 200
+"""So that at least one is changed, deleted and new."""
 
 _PHASES = ("planning", "reading", "shuffling", "encoding", "writing")
 _SAMPLE_SECONDS = 0.02
@@ -36,6 +41,18 @@ class Timed(NamedTuple):
     def seconds(self) -> float:
         """Of the whole run."""
         return sum(self.phases)
+
+
+def number_of_documents(text: str) -> int:
+    """Returns how many documents `--documents` asks for.
+
+    Raises:
+      argparse.ArgumentTypeError: it is no number, or too small for half a percent of it to be a document.
+    """
+    number = positive(text)
+    if number < _FEWEST_DOCUMENTS:
+        raise argparse.ArgumentTypeError(f"{number} is below {_FEWEST_DOCUMENTS}")
+    return number
 
 
 def run(documents: int, checkpoint: str, device: str, dtypes: Sequence[str] | None) -> None:
@@ -128,5 +145,5 @@ def _timed(source: Path, output: Path, options: Sequence[str]) -> Timed:
 def _described(counts: dict[str, int]) -> str:
     return (
         f"read {counts['read']:,}, embedded {counts['embedded']:,}, reused {counts['reused']:,}, deleted "
-        f"{counts['deleted']:,}; the model saw {counts['texts_encoded']:,} texts"
+        f"{counts['deleted']:,}; the model saw {counts['texts_encoded']:,} texts of {counts['tokens']:,} tokens"
     )

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline import dataflow, flink
+from pipeline.option_types import fraction, positive
 from pipeline.runners import runner_options
 from transforms.devices import DEVICES, DTYPES
 from transforms.read import INPUT_FORMATS, MAX_DOCUMENT_BYTES
@@ -254,7 +255,7 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max_document_bytes",
-        type=_positive,
+        type=positive,
         default=MAX_DOCUMENT_BYTES,
         metavar="BYTES",
         help="a longer record is rejected as too_large; default %(default)s",
@@ -267,7 +268,7 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--rows_per_shard",
-        type=_positive,
+        type=positive,
         metavar="ROWS",
         help=f"the most rows of a Parquet file; on Flink, which holds them in memory, {flink.ROWS_PER_SHARD}; default "
         f"{ROWS_PER_SHARD}",
@@ -286,14 +287,14 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max_rejected_fraction",
-        type=_fraction,
+        type=fraction,
         default=0.01,
         metavar="FRACTION",
         help="publish nothing, and end with status 3, if more of the records are rejected; default %(default)s",
     )
     group.add_argument(
         "--keep_snapshots",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="after publishing, remove older snapshots, but never the last two; default: keep all",
     )
@@ -305,7 +306,7 @@ def _add_encoder_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max_tokens",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
         help="longer texts are cut there and marked truncated; default: the checkpoint's, 8192",
     )
@@ -321,7 +322,7 @@ def _add_encoder_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max_batch_tokens",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
         help="padded tokens of one BERT batch; default 2048 on a CPU, 65536 on a GPU, halved when its memory is full",
     )
@@ -342,23 +343,3 @@ def _add_dataflow_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gpu_everywhere", action="store_true", help="give all machines the GPU, not only those that encode"
     )
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.evaluate import sts_spearman
+from pipeline.option_types import at_least_two, positive
 from pipeline.token_embeddings import compute_token_embeddings
 from pipeline.training import Settings, Training
 from pipeline.training_data import read_sts, read_training_texts
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("sentences", "pairs", "documents"):
         texts.add_argument(
             f"--max_{name}",
-            type=_positive,
+            type=positive,
             metavar="N",
             help=f"the most {name} of one file, a random sample of it (default: all)",
         )
@@ -57,20 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     encoder.add_argument("--pooling", choices=POOLINGS, default="mean", help="default: %(default)s")
     encoder.add_argument(
         "--window_tokens",
-        type=_positive,
+        type=positive,
         default=256,
         metavar="N",
         help="longest window given to BERT, special tokens counted (default: %(default)s)",
     )
     encoder.add_argument(
         "--max_tokens",
-        type=_positive,
+        type=positive,
         default=DEFAULT_MAX_TOKENS,
         metavar="N",
         help="the most tokens of a text that are encoded (default: %(default)s)",
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=_positive, default=3, metavar="N", help="default: %(default)s")
+    training.add_argument("--epochs", type=positive, default=3, metavar="N", help="default: %(default)s")
     training.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
     training.add_argument("--learning_rate", type=float, default=1e-3, metavar="X", help="default: %(default)s")
     training.add_argument(
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, default in (("sentences", 256), ("pairs", 128), ("documents", 16)):
         training.add_argument(
-            f"--{name}_per_batch", type=_at_least_two, default=default, metavar="N", help=f"default: {default}"
+            f"--{name}_per_batch", type=at_least_two, default=default, metavar="N", help=f"default: {default}"
         )
     training.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     training.add_argument(
@@ -109,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_argument(
         "--keep_work", action="store_true", help="keep the token embeddings for the next training on the same texts"
     )
-    results.add_argument("--save_every_steps", type=_positive, default=100, metavar="N", help="default: %(default)s")
+    results.add_argument("--save_every_steps", type=positive, default=100, metavar="N", help="default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -157,18 +158,3 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"STS dev after epoch {epoch}: {score:.2f}")
     print(f"checkpoint: {output}")
     return 0
-
-
-def _positive(value: str) -> int:
-    return _at_least(1, value)
-
-
-def _at_least_two(value: str) -> int:
-    return _at_least(2, value)
-
-
-def _at_least(least: int, value: str) -> int:
-    number = int(value)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is below {least}")
-    return number

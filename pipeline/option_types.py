@@ -1,0 +1,46 @@
+"""Types of option values for argparse: numbers within bounds."""
+
+import argparse
+
+
+def positive(text: str) -> int:
+    """Returns a whole number of at least 1.
+
+    Raises:
+      argparse.ArgumentTypeError: the text is none.
+    """
+    return _at_least(1, text)
+
+
+def at_least_two(text: str) -> int:
+    """Returns a whole number of at least 2.
+
+    Raises:
+      argparse.ArgumentTypeError: the text is none.
+    """
+    return _at_least(2, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Returns a number from 0 to 1.
+
+    Raises:
+      argparse.ArgumentTypeError: the text is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
