@@ -113,6 +113,7 @@ def test_a_text_that_never_fits_the_memory_alone_fails(loaded, monkeypatch):
     assert [result.reason for result in results if isinstance(result, Failed)] == ["encode_error"]
     assert isinstance(results[2], Failed)
     assert "CUDA out of memory" in results[2].detail
+    assert loaded.max_batch_tokens == 2048  # Smaller batches did not help it, and would slow all others down.
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])

@@ -128,36 +128,46 @@ class LoadedEncoder:
     ) -> list[Encoded | Failed]:
         """Encodes documents; each gives one result, in the order given.
 
-        Out of GPU memory: the batch size is halved for good and the rest tried again. Any other error: the group
-        is halved down to the text that causes it, which alone fails.
+        Out of GPU memory: the rest is tried in batches half as large, and if that does it, they stay so for good; a
+        text that fits at no size leaves them as they were. Any other error, and that one: the group is halved down to
+        the text that causes it, which alone fails.
 
         Raises:
           RuntimeError: not even a reference text can be encoded any more: the fault is not the texts'.
         """
         results: list[Encoded | Failed | None] = [None] * len(documents)
         pending = self._groups(documents, np.arange(len(documents)))
+        smaller: int | None = None  # The batches that the next group is tried in, after it did not fit.
         while pending:
             group = pending.pop(0)
             tokens = [documents[place].token_ids for place in group]
-            try:
-                with self._lock:
-                    started = time.perf_counter()
-                    max_batch_tokens = self.max_batch_tokens
+            failure: Exception | None = None
+            with self._lock:
+                started = time.perf_counter()
+                max_batch_tokens = smaller or self.max_batch_tokens
+                try:
                     encoded = self.encoder.encode_tokens(tokens, max_batch_tokens)
-                    seconds = time.perf_counter() - started
-            except Exception as error:  # noqa: BLE001 - whatever a text can provoke; the bisection says it.
-                if _is_out_of_memory(error) and self._halve(max_batch_tokens):
-                    pending = self._groups(documents, np.concatenate([group, *pending]))
-                else:
-                    pending[:0] = self._bisected(documents, group, error, results)
-            else:
-                finished = list(self._results(documents, group, encoded, seconds))
-                for place, result in zip(group, finished, strict=True):
-                    results[place] = result
-                if on_encoded is not None:
-                    on_encoded([result for result in finished if isinstance(result, Encoded)])
-                progress.add("texts_encoded", len(group))
-                progress.add("tokens_encoded", sum(map(_size_tokens, (documents[place] for place in group))))
+                except Exception as error:  # noqa: BLE001 - whatever a text can provoke; the bisection says it.
+                    failure = error.with_traceback(None)  # Its frames would keep what fills the memory.
+                seconds = time.perf_counter() - started
+            if failure is not None:
+                smaller = None
+                if _is_out_of_memory(failure):
+                    torch.cuda.empty_cache()
+                    smaller = max_batch_tokens // 2 if max_batch_tokens // 2 >= _MIN_BATCH_TOKENS else None
+                pending[:0] = [group] if smaller else self._bisected(documents, group, failure, results)
+                continue
+            if smaller:
+                self._keep_to(smaller)
+                pending = self._groups(documents, np.concatenate(pending)) if pending else []
+                smaller = None
+            finished = list(self._results(documents, group, encoded, seconds))
+            for place, result in zip(group, finished, strict=True):
+                results[place] = result
+            if on_encoded is not None:
+                on_encoded([result for result in finished if isinstance(result, Encoded)])
+            progress.add("texts_encoded", len(group))
+            progress.add("tokens_encoded", sum(map(_size_tokens, (documents[place] for place in group))))
         if any(result is None for result in results):
             raise AssertionError("a document was neither encoded nor failed")
         return [result for result in results if result is not None]
@@ -166,15 +176,11 @@ class LoadedEncoder:
         lengths = np.array([len(documents[place].token_ids) for place in places], dtype=np.int64)
         return [places[group] for group in groups_by_length(lengths, self.max_batch_tokens * BATCHES_PER_GROUP)]
 
-    def _halve(self, max_batch_tokens: int) -> bool:
-        """Makes batches half as large as those that did not fit, unless they are as small as it gets."""
-        if max_batch_tokens // 2 < _MIN_BATCH_TOKENS:
-            return False
+    def _keep_to(self, max_batch_tokens: int) -> None:
+        """Makes batches as small, from now on, as those that fitted."""
         with self._lock:
-            self.max_batch_tokens = min(self.max_batch_tokens, max_batch_tokens // 2)
-        torch.cuda.empty_cache()
+            self.max_batch_tokens = min(self.max_batch_tokens, max_batch_tokens)
         _logger.warning("out of memory on %s: batches of %d tokens from now on", self.device, self.max_batch_tokens)
-        return True
 
     def _bisected(
         self,
