@@ -18,8 +18,9 @@ from transforms.incremental import (
     pack,
     waiting_references,
 )
-from transforms.inference import Encoded, EncodeDocuments, EncoderModelHandler, Failed
+from transforms.inference import EncodeDocuments, EncoderModelHandler
 from transforms.known_vectors import ReadKnownVectors, WorkSaver
+from transforms.loaded_encoder import Encoded, Failed
 from transforms.reconcile import PublishSnapshot, Run
 from transforms.schema import Document
 from transforms.snapshots import work_folder

@@ -28,8 +28,8 @@ from transforms.incremental import (
     unpack,
     waiting_references,
 )
-from transforms.inference import LoadedEncoder
 from transforms.known_vectors import write_work
+from transforms.loaded_encoder import LoadedEncoder
 from transforms.publish import abandon
 from transforms.schema import Document, content_hash
 from transforms.snapshots import list_work, work_folder

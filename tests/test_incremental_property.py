@@ -18,8 +18,8 @@ from test_inference import tokenized_documents
 from pipeline.graph import Job
 from transforms import storage
 from transforms.encoder import BertLstmEncoder
-from transforms.inference import Encoded, LoadedEncoder
 from transforms.known_vectors import write_work
+from transforms.loaded_encoder import Encoded, LoadedEncoder
 from transforms.schema import Document, content_hash
 from transforms.snapshots import list_work, work_folder
 
