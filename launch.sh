@@ -174,6 +174,9 @@ esac
 
 is_ready || set_up
 
+# Images often set this. Here it would cost every start, and every worker's, seconds of compiling PyTorch and Beam again.
+unset PYTHONDONTWRITEBYTECODE
+
 if [[ $1 == test ]]; then
   run_checks "${@:2}"
 else

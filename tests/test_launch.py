@@ -27,7 +27,8 @@ case $1 in
     cat >"$venv/bin/embed-corpus" <<'END'
 #!/usr/bin/env bash
 exec "{sys.executable}" -c 'import json, os, sys
-print(json.dumps({{"cwd": os.getcwd(), "safe_path": os.environ.get("PYTHONSAFEPATH"), "argv": sys.argv}}))
+python = {{name: value for name, value in os.environ.items() if name.startswith("PYTHON")}}
+print(json.dumps({{"cwd": os.getcwd(), "python": python, "argv": sys.argv}}))
 sys.exit(7)' "$@"
 END
     for name in ruff mypy pytest; do
@@ -153,11 +154,12 @@ def test_usage_needs_no_set_up(checkout, words):
 
 
 def test_a_word_and_its_options_reach_the_pipeline_as_they_were_given(checkout):
-    result = checkout.call("local", "--input", "a b/*.txt", "", "--x=$y")
-    # In the caller's folder, so that relative paths mean what they say; whose own modules are not imported.
+    result = checkout.call("local", "--input", "a b/*.txt", "", "--x=$y", PYTHONDONTWRITEBYTECODE="1")
+    # In the caller's folder, so that relative paths mean what they say; whose own modules are not imported. What Python
+    # compiles is kept.
     assert json.loads(result.stdout) == {
         "cwd": str(checkout.elsewhere),
-        "safe_path": "1",
+        "python": {"PYTHONSAFEPATH": "1"},
         "argv": ["-c", "local", "--input", "a b/*.txt", "", "--x=$y"],
     }
     assert result.returncode == 7
