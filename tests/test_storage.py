@@ -1,6 +1,7 @@
 """Files on any of the storages: locks, folders, and names that are refused."""
 
 import os
+import shutil
 import signal
 import threading
 
@@ -19,6 +20,57 @@ def test_a_folder_that_cannot_be_made_is_an_error_and_no_endless_loop(tmp_path):
 def test_an_output_that_is_neither_a_folder_nor_gs_is_refused(url):
     with pytest.raises(ValueError, match="is neither a folder of this machine nor gs://"):
         storage.check_url(url)
+
+
+@pytest.mark.parametrize("function", [storage.list_files, storage.list_folders])
+def test_a_folder_that_goes_while_it_is_listed_has_nothing_in_it(tmp_path, monkeypatch, function):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    scandir = os.scandir
+
+    def scan_what_has_gone(path):
+        if os.path.exists(folder):
+            os.rmdir(folder)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan_what_has_gone)
+    assert not function(str(folder))
+    assert not folder.exists()
+
+
+def test_files_are_listed_with_their_sizes_at_any_depth(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "[1]*").write_bytes(b"12")
+    (tmp_path / "c").write_bytes(b"")
+    assert storage.list_files(str(tmp_path)) == {"a/b/[1]*": 2, "c": 0}
+    assert storage.list_files(str(tmp_path / "c")) == storage.list_files(str(tmp_path / "none")) == {}
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error_and_not_empty(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        storage.list_files(str(tmp_path))
+
+
+def test_two_that_delete_a_folder_leave_nothing_of_it(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(10):
+        (folder / str(number)).touch()
+    rmtree = shutil.rmtree
+
+    def delete_after_another_has_begun(path):
+        monkeypatch.undo()
+        (folder / "0").unlink()
+        raise FileNotFoundError(folder / "0")
+
+    monkeypatch.setattr(shutil, "rmtree", delete_after_another_has_begun)
+    storage.delete_folder(str(folder))
+    assert not folder.exists()
+    assert shutil.rmtree is rmtree
 
 
 def taken(path: str) -> bool:

@@ -30,7 +30,7 @@ class Versioned(NamedTuple):
 LOCK_SUFFIX = ".lock"
 
 _MOST_ATTEMPTS = 100
-"""At a folder that others remove as often as it is made."""
+"""At a folder that others remove at the same time."""
 
 ABSENT = 0
 """The generation of a file that does not exist."""
@@ -116,12 +116,15 @@ def list_files(folder: str) -> dict[str, int]:
     if is_remote(folder):
         return gcs.list_files(folder)
     sizes = {}
-    for path in Path(folder).rglob("*"):
-        try:
-            if path.is_file():
-                sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-        except FileNotFoundError:
-            continue  # Deleted while we looked.
+    # Not `Path.rglob`, which fails where a folder is deleted while it looks, and is silent about one it may not read.
+    for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
+        for name in names:
+            path = Path(parent, name)
+            try:
+                if path.is_file():
+                    sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+            except FileNotFoundError:
+                continue  # Deleted while we looked.
     return sizes
 
 
@@ -150,8 +153,15 @@ def delete_folder(folder: str) -> None:
     if is_remote(folder):
         gcs.delete_files(join(folder, name) for name in gcs.list_files(folder))
         return
-    with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+    for attempt in itertools.count(1):
+        try:
+            shutil.rmtree(folder)
+            return
+        except FileNotFoundError:
+            if not os.path.lexists(folder):
+                return
+            if attempt == _MOST_ATTEMPTS:  # Another process deletes it too, and was quicker with a file each time.
+                raise
 
 
 def delete_if_empty(folder: str) -> None:
@@ -177,6 +187,11 @@ def remove_lock(url: str) -> None:
     if not is_remote(url):
         with locked(url):
             pass  # Letting go of a lock removes it.
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _generation(status: os.stat_result) -> int:
