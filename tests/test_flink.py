@@ -406,20 +406,20 @@ def system(tmp_path) -> Path:
 def test_the_job_server_is_built_once_and_again_after_a_build_that_failed(tmp_path, system):
     put_program(system / "mvn", MAVEN)
     builds = tmp_path / "builds"
-    environment = {"PATH": str(system), "FLINK_CACHE": str(tmp_path / "cache"), "BUILDS": str(builds)}
-    failed = script(BUILD, FAIL="1", **environment)
+    environment = {"PATH": str(system), "FLINK_CACHE": "cache", "BUILDS": str(builds)}
+    failed = script(BUILD, cwd=tmp_path, FAIL="1", **environment)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "error: Maven could not fetch the job server's libraries; behind a proxy" in failed.stderr
     assert list((tmp_path / "cache").iterdir()) == []
     for _ in range(2):
-        done = script(BUILD, **environment)
+        done = script(BUILD, cwd=tmp_path, **environment)
         assert done.returncode == 0, done.stderr
         jar = Path(done.stdout.rstrip("\n"))
         assert jar == tmp_path / "cache" / "job-server" / "beam-runners-flink-1.19-job-server-2.62.0.jar"
         assert jar.is_file()
     assert builds.read_text() == "built\n" * 2
     (tmp_path / "cache" / "job-server" / "built-from").write_text("another pom")
-    assert script(BUILD, **environment).returncode == 0
+    assert script(BUILD, cwd=tmp_path, **environment).returncode == 0
     assert builds.read_text() == "built\n" * 3
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["job-server"]
 
@@ -549,10 +549,14 @@ def test_a_cluster_is_made_anew_but_what_others_put_beside_it_stays(tmp_path, sy
         (system / tool).symlink_to(str(shutil.which(tool)))
     ports = dict(zip(("FLINK_REST_PORT", "FLINK_RPC_PORT", "FLINK_POOL_PORT"), map(str, free_ports(3)), strict=True))
     environment = {"PATH": str(system), "FLINK_CLUSTER": f"{folder}/", "FLINK_CACHE": "cache", "PYTHON": str(python)}
-    done = script(SCRIPT, "up", cwd=tmp_path, **environment | ports)
+    done = script(SCRIPT, "up", cwd=tmp_path, FLINK_SLOTS="5", **environment | ports)
     # Nothing of it can start here, which comes after.
     assert (done.returncode, done.stdout) == (1, "")
     assert "error: the cluster did not come up" in done.stderr
+    settings = (folder / "conf" / "config.yaml").read_text().splitlines()
+    assert settings[:2] == ["env:", "  java: {}"]
+    # As deploy/flink/README.md says: 256 MB, and 128 more for each slot above two.
+    assert {"taskmanager.numberOfTaskSlots: 5", "taskmanager.memory.framework.off-heap.size: 640m"} <= {*settings}
     assert (folder / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in folder.iterdir()) == ["conf", "lib", "log", "notes.txt", "start-worker.sh"]
     assert {path.name: path.readlink() for path in (folder / "lib").iterdir()} == {

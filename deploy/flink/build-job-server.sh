@@ -4,6 +4,8 @@ set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 cache=${FLINK_CACHE:-$here/../../.cache/flink}
+mkdir -p "$cache"
+cache=$(cd -- "$cache" && pwd -P) # Maven takes a relative path as one beside the pom.
 target=$cache/job-server
 stamp=$target/built-from # Written last, before the folder gets its name: what it was built from.
 
@@ -14,7 +16,7 @@ fail() {
 
 print_jar() {
   local jars=("$target"/*job-server*.jar)
-  printf '%s\n' "$(cd -- "$target" && pwd -P)/${jars[0]##*/}"
+  printf '%s\n' "${jars[0]}"
 }
 
 is_built() {
@@ -27,7 +29,6 @@ if is_built; then
 fi
 command -v mvn >/dev/null ||
   fail "there is no Maven (mvn) to build the job server with: install it (on Debian and Ubuntu \`apt install maven\`)"
-mkdir -p "$cache"
 find "$cache" -maxdepth 1 -name 'job-server.new.*' -mmin +60 -exec rm -rf {} + # Of builds that were killed.
 new=$(mktemp -d "$cache/job-server.new.XXXXXX") # Nobody's until it is whole; two builds at once do no harm.
 trap 'rm -rf "$new"' EXIT

@@ -179,6 +179,8 @@ link_libraries() {
 
 write_settings() {
   cp "$flink"/conf/* "$FLINK_CONF_DIR/"
+  # Through here go the rows of a whole file at once, in each slot; see --rows_per_shard.
+  local off_heap_mb=$((slots > 2 ? 128 * slots : 256))
   cat >"$FLINK_CONF_DIR/config.yaml" <<END
 $(sed -n '/^env:/,/^[^ #]/p' "$flink/conf/config.yaml" | sed '$d')
 jobmanager.bind-host: localhost
@@ -188,8 +190,7 @@ jobmanager.memory.process.size: 1024m
 taskmanager.bind-host: localhost
 taskmanager.host: localhost
 taskmanager.memory.process.size: $memory
-# Through here go the rows of a whole file at once, see --rows_per_shard.
-taskmanager.memory.framework.off-heap.size: 256m
+taskmanager.memory.framework.off-heap.size: ${off_heap_mb}m
 taskmanager.numberOfTaskSlots: $slots
 # The job is one graph of many shuffles: Flink's own 128 MB of buffers, taken 512 at a time, are too few for it.
 taskmanager.memory.network.min: 192m
