@@ -371,6 +371,8 @@ def test_a_job_server_that_fails_ends_its_keeper_with_the_same_status(tmp_path):
 # The scripts.
 
 MAVEN = """
+while [[ $1 != --file ]]; do shift; done
+cd "$(dirname "$2")"
 for option in "$@"; do case $option in -Dtarget=*) target=${option#-Dtarget=} ;; esac; done
 mkdir -p "$target/lib" && touch "$target/lib/a.jar"
 echo built >> "$BUILDS"
@@ -526,7 +528,8 @@ def test_a_folder_with_other_things_is_no_cluster(tmp_path, system, word, conten
 
 
 @linux
-def test_a_cluster_is_made_anew_but_what_others_put_beside_it_stays(tmp_path, system):
+@pytest.mark.parametrize(("slots", "off_heap", "memory"), [("2", "256m", "2048m"), ("5", "640m", "2816m")])
+def test_a_cluster_is_made_anew_but_what_others_put_beside_it_stays(tmp_path, system, slots, off_heap, memory):
     for tool in ("java", "go", "mvn"):
         put_program(system / tool, "")
     # One Python for the script that says the same to every question: packages, Beam's version, TaskManagers.
@@ -549,14 +552,18 @@ def test_a_cluster_is_made_anew_but_what_others_put_beside_it_stays(tmp_path, sy
         (system / tool).symlink_to(str(shutil.which(tool)))
     ports = dict(zip(("FLINK_REST_PORT", "FLINK_RPC_PORT", "FLINK_POOL_PORT"), map(str, free_ports(3)), strict=True))
     environment = {"PATH": str(system), "FLINK_CLUSTER": f"{folder}/", "FLINK_CACHE": "cache", "PYTHON": str(python)}
-    done = script(SCRIPT, "up", cwd=tmp_path, FLINK_SLOTS="5", **environment | ports)
+    done = script(SCRIPT, "up", cwd=tmp_path, FLINK_SLOTS=slots, **environment | ports)
     # Nothing of it can start here, which comes after.
     assert (done.returncode, done.stdout) == (1, "")
     assert "error: the cluster did not come up" in done.stderr
     settings = (folder / "conf" / "config.yaml").read_text().splitlines()
     assert settings[:2] == ["env:", "  java: {}"]
     # As deploy/flink/README.md says: 256 MB, and 128 more for each slot above two.
-    assert {"taskmanager.numberOfTaskSlots: 5", "taskmanager.memory.framework.off-heap.size: 640m"} <= {*settings}
+    assert {
+        f"taskmanager.numberOfTaskSlots: {slots}",
+        f"taskmanager.memory.framework.off-heap.size: {off_heap}",
+        f"taskmanager.memory.process.size: {memory}",
+    } <= {*settings}
     assert (folder / "notes.txt").read_text() == "mine"
     assert sorted(path.name for path in folder.iterdir()) == ["conf", "lib", "log", "notes.txt", "start-worker.sh"]
     assert {path.name: path.readlink() for path in (folder / "lib").iterdir()} == {

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 
@@ -43,7 +44,9 @@ def test_files_are_listed_with_their_sizes_at_any_depth(tmp_path):
     (tmp_path / "a" / "b" / "[1]*").write_bytes(b"12")
     (tmp_path / "c").write_bytes(b"")
     assert storage.list_files(str(tmp_path)) == {"a/b/[1]*": 2, "c": 0}
-    assert storage.list_files(str(tmp_path / "c")) == storage.list_files(str(tmp_path / "none")) == {}
+    assert storage.list_folders(str(tmp_path / "a")) == ["b"]
+    for none in ("c", "none"):
+        assert (storage.list_files(str(tmp_path / none)), storage.list_folders(str(tmp_path / none))) == ({}, [])
 
 
 def test_a_folder_that_may_not_be_listed_is_an_error_and_not_empty(tmp_path, monkeypatch):
@@ -71,6 +74,16 @@ def test_two_that_delete_a_folder_leave_nothing_of_it(tmp_path, monkeypatch):
     storage.delete_folder(str(folder))
     assert not folder.exists()
     assert shutil.rmtree is rmtree
+
+
+def test_a_folder_that_cannot_be_deleted_is_an_error_and_no_endless_loop(tmp_path, monkeypatch):
+    def find_nothing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(shutil, "rmtree", find_nothing)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(FileNotFoundError):
+        storage.delete_folder(str(tmp_path))
 
 
 def taken(path: str) -> bool:

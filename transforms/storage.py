@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,9 @@ LOCK_SUFFIX = ".lock"
 
 _MOST_ATTEMPTS = 100
 """At a folder that others remove at the same time."""
+
+_PAUSE_SECONDS = 0.1
+"""Between two attempts to delete a folder: others that delete it are done meanwhile."""
 
 ABSENT = 0
 """The generation of a file that does not exist."""
@@ -134,7 +138,7 @@ def list_folders(folder: str) -> list[str]:
         return gcs.list_folders(folder)
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -160,8 +164,9 @@ def delete_folder(folder: str) -> None:
         except FileNotFoundError:
             if not os.path.lexists(folder):
                 return
-            if attempt == _MOST_ATTEMPTS:  # Another process deletes it too, and was quicker with a file each time.
+            if attempt == _MOST_ATTEMPTS:
                 raise
+            time.sleep(_PAUSE_SECONDS)  # Another process deletes it too, and was quicker with a file.
 
 
 def delete_if_empty(folder: str) -> None:

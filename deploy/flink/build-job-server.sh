@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds Beam's Flink job server with Maven and prints the path of its jar; at once where it is built already.
 set -euo pipefail
+unset CDPATH # With it, cd says where it went.
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 cache=${FLINK_CACHE:-$here/../../.cache/flink}

@@ -19,8 +19,8 @@ Needs Linux, Java, Maven, Go, and the environment that ./launch.sh sets up. Then
   ./launch.sh flink --flink_master=localhost:8081 [OPTIONS]
 
 Settings come from the environment: FLINK_REST_PORT (8081), FLINK_RPC_PORT (6123), FLINK_POOL_PORT (50000),
-FLINK_TASK_MANAGERS (2), FLINK_SLOTS (2, of each), FLINK_TASK_MANAGER_MEMORY (2g), FLINK_CLUSTER (the folder of the
-cluster's logs), FLINK_CACHE (the folder of what is fetched), PYTHON.
+FLINK_TASK_MANAGERS (2), FLINK_SLOTS (2, of each), FLINK_TASK_MANAGER_MEMORY (2048m, and 256m for each slot above two),
+FLINK_CLUSTER (the folder of the cluster's logs), FLINK_CACHE (the folder of what is fetched), PYTHON.
 END
 }
 
@@ -52,7 +52,8 @@ rpc_port=${FLINK_RPC_PORT:-6123}                             # Between JobManage
 pool_port=${FLINK_POOL_PORT:-50000}                          # Worker pool.
 task_managers=${FLINK_TASK_MANAGERS:-2}
 slots=${FLINK_SLOTS:-2}                  # Of each TaskManager; they share one worker process and its model.
-memory=${FLINK_TASK_MANAGER_MEMORY:-2g}  # Of each TaskManager.
+# Of each TaskManager. Flink divides it up by shares: 256 MB more leave its heap as it is with 128 MB more off-heap.
+memory=${FLINK_TASK_MANAGER_MEMORY:-$((slots > 2 ? 1536 + 256 * slots : 2048))m}
 python=${PYTHON:-$root/.venv/bin/python} # With our dependencies; the workers get a copy of them.
 
 flink_version=1.19.3
