@@ -37,6 +37,8 @@ _GPU_MACHINES = ("g2-", "a2-", "a3-")
 """Families of machines that always come with a GPU."""
 
 _BUCKET = re.compile(r"(gs://)?(?P<bucket>[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9])(?P<folder>/[^\r\n]*)?")
+_PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{1,61}[a-z0-9]")
+_ZONE = re.compile(r"(?P<region>[a-z]+-[a-z]+[0-9]+)-[a-z]")
 _DRIVER = "install-nvidia-driver:5xx"
 _MPS = "use_nvidia_mps"
 
@@ -103,7 +105,10 @@ def bucket_folder(bucket: str) -> str:
     """
     found = _BUCKET.fullmatch(bucket.rstrip("/"))
     if found is None:
-        raise ValueError(f"--bucket {bucket!r} is no bucket: write its name, or gs://NAME/FOLDER")
+        raise ValueError(
+            f"--bucket {bucket!r} is no bucket: write its name, at least three lower-case letters, digits and "
+            "hyphens, or gs://NAME/FOLDER"
+        )
     return f"gs://{found['bucket']}{found['folder'] or ''}"
 
 
@@ -161,11 +166,13 @@ def complete(
         added.append(f"--job_name={job_name}")
     if _view(given, SetupOptions).save_main_session is None:
         added.append("--no_save_main_session")  # It holds nothing that workers need.
-    added += _package_options(given, asked, setup_path)
+    on_all = asked if gpu_everywhere else _pool_accelerator(given)
+    asking = "--gpu" if asked else "worker_accelerator" if on_all else None
+    added += _package_options(given, asking, setup_path)
     if asked is not None and gpu_everywhere:
         added.append(f"--dataflow_service_options=worker_accelerator={asked.spec}")
-        if not _view(given, WorkerOptions).machine_type:
-            added.append(f"--machine_type={_machine_for(asked)}")
+    if on_all is not None and not _view(given, WorkerOptions).machine_type:
+        added.append(f"--machine_type={_machine_for(on_all)}")
     added += _process_options(given, asked)
     return [*given, *added]
 
@@ -212,7 +219,11 @@ def device_for(device: str, gpu: str | None, beam_options: Sequence[str]) -> str
         if device == "cpu":
             raise ValueError("--gpu and --device=cpu contradict each other: leave one out")
         return "cuda"
-    if device == "cuda" and not _worker_accelerators(beam_options):
+    if _worker_accelerators(beam_options):
+        if device == "cpu":
+            raise ValueError("worker_accelerator and --device=cpu contradict each other: leave one out")
+        return "cuda"
+    if device == "cuda":
         raise ValueError("--device=cuda needs machines with a GPU: give --gpu, --gpu=nvidia-l4 say")
     return device
 
@@ -230,6 +241,15 @@ def _check_required(google: GoogleCloudOptions, bucket: str | None) -> None:
             f"Dataflow needs {' and '.join('--' + name for name in missing)}: --project is the project's ID, "
             "--region where its machines shall be (us-central1 say), --bucket a bucket of Cloud Storage in that region "
             "for temporary files and, without --output, the output"
+        )
+    if not _PROJECT.fullmatch(google.project):
+        raise ValueError(
+            f"--project {google.project!r} is no project's ID: write the ID, my-project-123 say, not its name or number"
+        )
+    if zone := _ZONE.fullmatch(google.region):
+        raise ValueError(
+            f"--region {google.region!r} is a zone: write its region, {zone['region']}, or add "
+            f"--worker_zone={google.region}"
         )
     # Beam would say so in a warning, and make a bucket of its own.
     for name in ("temp_location", "staging_location"):
@@ -249,6 +269,12 @@ def _worker_accelerators(beam_options: Sequence[str]) -> list[str]:
     return [value for name, _, value in found if name == "worker_accelerator"]
 
 
+def _pool_accelerator(given: Sequence[str]) -> Accelerator | None:
+    """Returns the GPU that the service option asks for on all machines; None where it asks for none."""
+    requests = _worker_accelerators(given)
+    return accelerator(requests[0], "worker_accelerator") if requests else None
+
+
 def _check_machines(given: Sequence[str], asked: Accelerator | None, gpu_everywhere: bool) -> None:
     """Refuses machines that contradict the GPU, the service's mode, or each other."""
     service = _service_options(given)
@@ -256,8 +282,16 @@ def _check_machines(given: Sequence[str], asked: Accelerator | None, gpu_everywh
     pool = _worker_accelerators(given)
     machine_type = _view(given, WorkerOptions).machine_type
     hints = [hint.partition("=")[0] for hint in _view(given, StandardOptions).resource_hints]
-    for request in pool:
-        accelerator(request, "worker_accelerator")
+    if len(pool) > 1:
+        raise ValueError(f"worker_accelerator asks for {' and for '.join(pool)}: leave all but one out")
+    if _MPS in service:
+        raise ValueError(
+            f"{_MPS} alone has no effect: it is a part of the request for the GPU, "
+            f"--gpu='type:nvidia-l4;count:1;{_DRIVER};{_MPS}'"
+        )
+    on_all = _pool_accelerator(given)
+    if on_all is not None and asked is None:
+        _check_machine(on_all.type, machine_type, "--machine_type")
     if asked is not None and pool:
         raise ValueError(
             "--gpu and the service option worker_accelerator both ask for a GPU, the one for the encoding step, the "
@@ -322,19 +356,25 @@ def _machine_for(asked: Accelerator) -> str:
     if asked.machine_type:
         return asked.machine_type
     if asked.type not in _MACHINES:
-        raise ValueError(f"--gpu_everywhere needs --machine_type, a machine that can hold a {asked.type}")
+        raise ValueError(f"a GPU on all machines needs --machine_type, a machine that can hold a {asked.type}")
     return _MACHINES[asked.type][1]
 
 
-def _package_options(given: Sequence[str], asked: Accelerator | None, setup_path: str | None) -> list[str]:
-    """Returns how the workers get this code, unless the options say it: packed from the checkout."""
+def _package_options(given: Sequence[str], asking: str | None, setup_path: str | None) -> list[str]:
+    """Returns how the workers get this code, unless the options say it: packed from the checkout.
+
+    Args:
+      given: options of Beam.
+      asking: the option that asks for a GPU; None where none does.
+      setup_path: as `setup_file` returned it.
+    """
     worker, setup = _view(given, WorkerOptions), _view(given, SetupOptions)
     if worker.sdk_container_image:
         return []
-    if asked is not None:
+    if asking is not None:
         raise ValueError(
-            "--gpu needs --sdk_container_image, an image in which PyTorch finds the GPU: deploy/README.md says how to "
-            "build it from deploy/Dockerfile"
+            f"{asking} needs --sdk_container_image, an image in which PyTorch finds the GPU: deploy/README.md says how "
+            "to build it from deploy/Dockerfile"
         )
     if setup.setup_file or setup.extra_packages:
         return []

@@ -185,6 +185,19 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
     ("argv", "message", "remedy"),
     [
         ([*PLACE, "--bucket=My Bucket"], "--bucket 'My Bucket' is no bucket", "write its name"),
+        ([*PLACE, "--bucket=b"], "--bucket 'b' is no bucket", "at least three"),
+        (["--runner=dataflow", "--region=r", "--bucket=bucket-1", "--project=My Project"], "no project's ID", "the ID"),
+        (["--runner=dataflow", "--region=r", "--bucket=bucket-1", "--project=123456"], "no project's ID", "or number"),
+        (
+            ["--runner=dataflow", "--project=project-1", "--bucket=bucket-1", "--region=us-central1-a"],
+            "--region 'us-central1-a' is a zone",
+            "write its region, us-central1, or add --worker_zone=us-central1-a",
+        ),
+        ([*HERE, ON_ALL], "worker_accelerator needs --sdk_container_image", "deploy/README.md says how to build it"),
+        ([*HERE, IMAGE, ON_ALL, "--device=cpu"], "worker_accelerator and --device=cpu contradict", "leave one out"),
+        ([*HERE, IMAGE, ON_ALL, ON_ALL], "asks for type:nvidia-l4;", "leave all but one out"),
+        ([*HERE, IMAGE, ON_ALL, "--machine_type=n1-standard-4"], "'n1-standard-4' cannot hold", "take g2-standard-8"),
+        ([*GPU, "--dataflow_service_options=use_nvidia_mps"], "use_nvidia_mps alone has no effect", "--gpu='type:"),
         ([*HERE, "--temp_location=/tmp/t"], "--temp_location '/tmp/t' is not on gs://", "give --bucket"),
         ([*GPU, ON_ALL], "--gpu and the service option worker_accelerator both", "leave worker_accelerator out"),
         ([*GPU, f"--experiments=worker_accelerator={L4}"], "both ask for a GPU", "give --gpu_everywhere in its place"),
@@ -252,6 +265,13 @@ def test_what_contradicts_itself_is_refused_with_the_remedy(capsys, argv, messag
     said = refusal(capsys, *argv)
     assert message in said
     assert remedy in said
+
+
+def test_a_gpu_asked_for_in_dataflows_own_words_gets_its_machine_and_is_used():
+    options = parse([*HERE, IMAGE, ON_ALL])
+    assert options.device == "cuda"
+    assert PipelineOptions(list(options.beam_options)).view_as(WorkerOptions).machine_type == "g2-standard-8"
+    assert ONE_PROCESS in options.beam_options
 
 
 @pytest.mark.parametrize("option", ["--bucket=bucket-1", "--gpu=nvidia-l4", "--gpu_everywhere"])
