@@ -17,6 +17,24 @@ def test_a_folder_that_cannot_be_made_is_an_error_and_no_endless_loop(tmp_path):
         storage.create_exclusively(str(tmp_path / "link" / "output" / "file"), b"data")
 
 
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    folder = tmp_path / "output"
+    folder.mkdir()
+    mkdir = os.mkdir
+
+    def find_it_and_lose_it(path, *arguments):
+        try:
+            mkdir(path, *arguments)
+        finally:
+            monkeypatch.undo()
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "mkdir", find_it_and_lose_it)
+    storage.create_exclusively(str(folder / "file"), b"data")
+    assert os.mkdir is mkdir
+    assert storage.list_files(str(folder)) == {"file": 4}
+
+
 @pytest.mark.parametrize("url", ["", "gs:/bucket/folder", "s3://bucket/folder"])
 def test_an_output_that_is_neither_a_folder_nor_gs_is_refused(url):
     with pytest.raises(ValueError, match="is neither a folder of this machine nor gs://"):
@@ -68,7 +86,7 @@ def test_two_that_delete_a_folder_leave_nothing_of_it(tmp_path, monkeypatch):
     def delete_after_another_has_begun(path):
         monkeypatch.undo()
         (folder / "0").unlink()
-        raise FileNotFoundError(folder / "0")
+        raise FileNotFoundError(2, "No such file or directory", str(folder / "0"))
 
     monkeypatch.setattr(shutil, "rmtree", delete_after_another_has_begun)
     storage.delete_folder(str(folder))
@@ -76,9 +94,37 @@ def test_two_that_delete_a_folder_leave_nothing_of_it(tmp_path, monkeypatch):
     assert shutil.rmtree is rmtree
 
 
+def test_a_folder_into_which_another_writes_while_it_is_deleted_is_deleted(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "file").touch()
+    rmdir = os.rmdir
+
+    def write_and_remove(path, **options):
+        if str(path).endswith("inner"):
+            monkeypatch.undo()
+            (folder / "inner" / "late").touch()
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", write_and_remove)
+    storage.delete_folder(str(folder))
+    assert not folder.exists()
+    assert os.rmdir is rmdir
+
+
+def test_a_folder_that_may_not_be_deleted_is_an_error_at_once(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits for nothing"))
+    with pytest.raises(PermissionError):
+        storage.delete_folder(str(tmp_path))
+
+
 def test_a_folder_that_cannot_be_deleted_is_an_error_and_no_endless_loop(tmp_path, monkeypatch):
     def find_nothing(path):
-        raise FileNotFoundError(path)
+        raise FileNotFoundError(2, "No such file or directory", path)
 
     monkeypatch.setattr(shutil, "rmtree", find_nothing)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)

@@ -1,5 +1,6 @@
 """Files and folders, the same on this machine and on gs://, with writes that are refused when another came first."""
 
+import errno
 import fcntl
 import itertools
 import os
@@ -161,12 +162,13 @@ def delete_folder(folder: str) -> None:
         try:
             shutil.rmtree(folder)
             return
-        except FileNotFoundError:
-            if not os.path.lexists(folder):
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not os.path.lexists(folder):
                 return
-            if attempt == _MOST_ATTEMPTS:
+            # Another process deletes it too, and was quicker with a file; or has just written one there.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == _MOST_ATTEMPTS:
                 raise
-            time.sleep(_PAUSE_SECONDS)  # Another process deletes it too, and was quicker with a file.
+            time.sleep(_PAUSE_SECONDS)
 
 
 def delete_if_empty(folder: str) -> None:
@@ -225,8 +227,9 @@ def locked(url: str) -> Iterator[tuple[str, int]]:
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            # Another process removed the folder, empty as it was, between the two calls; or it cannot be made at all.
+        except (FileNotFoundError, FileExistsError):
+            # Another process removed the folder, empty as it was, between the two calls, or within the first, which
+            # then finds that it is there and is no folder; or it cannot be made at all.
             if attempt == _MOST_ATTEMPTS:
                 raise
             continue
