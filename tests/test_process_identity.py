@@ -3,13 +3,18 @@ import os
 import socket
 import subprocess
 import sys
+from subprocess import PIPE
 
 import pytest
 
 from transforms import process_identity
 from transforms.process_identity import is_alive, this_process
 
-IN_CHILD = "import json; from transforms.process_identity import this_process; print(json.dumps(this_process()))"
+IN_CHILD = """
+import json
+from transforms.process_identity import this_process
+print(json.dumps(this_process()), flush=True)
+"""
 
 
 def process_that_ended() -> dict:
@@ -38,6 +43,17 @@ def test_a_process_that_ended_is_dead_without_proc_too(monkeypatch, tmp_path):
     ended = process_that_ended() | {"boot": None, "namespace": None, "started": None}
     monkeypatch.setattr(process_identity, "_PROC", tmp_path)
     assert not is_alive(ended)
+
+
+def test_a_process_that_ended_is_dead_though_its_parent_has_not_asked_for_its_status():
+    with subprocess.Popen([sys.executable, "-c", IN_CHILD + "import sys; sys.stdin.read()"], stdin=PIPE, stdout=PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        process = json.loads(child.stdout.readline())
+        assert is_alive(process)
+        child.stdin.close()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_alive(process)
 
 
 def test_a_process_whose_number_another_one_has_now_is_dead():

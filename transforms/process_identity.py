@@ -9,8 +9,9 @@ from typing import Any
 
 _PROC = Path("/proc")
 
+_STATE_FIELD = 0
 _STARTED_FIELD = 19
-"""Place of the start time in `/proc/PID/stat`, counted from behind the program's name, which can hold spaces."""
+"""Places in `/proc/PID/stat`, counted from behind the program's name, which can hold spaces."""
 
 
 def this_process() -> dict[str, Any]:
@@ -37,7 +38,9 @@ def is_alive(process: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass  # It lives, and is another user's.
-    return _started(process["process"]) in (None, process.get("started"))
+    fields = _stat(process["process"])
+    # One that has ended keeps its number until its parent asks how, which in many a container nobody ever does.
+    return fields is None or (fields[_STATE_FIELD] != "Z" and fields[_STARTED_FIELD] == process.get("started"))
 
 
 def _numbering() -> dict[str, str | None]:
@@ -51,8 +54,14 @@ def _numbering() -> dict[str, str | None]:
 
 def _started(process: int) -> str | None:
     """Returns when a process started, in ticks since the machine did; None where that is not to be known."""
+    fields = _stat(process)
+    return None if fields is None else fields[_STARTED_FIELD]
+
+
+def _stat(process: int) -> list[str] | None:
+    """Returns what `/proc` says of a process behind its program's name; None where it says nothing."""
     try:
         stat = (_PROC / str(process) / "stat").read_text(errors="replace")
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[_STARTED_FIELD]
+    return stat.rpartition(")")[2].split()
