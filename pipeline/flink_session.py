@@ -163,8 +163,9 @@ class _JobServer(FlinkJarJobServer):
         self._log = log
 
     def subprocess_cmd_and_endpoint(self):
-        command, endpoint = super().subprocess_cmd_and_endpoint()
-        return [sys.executable, str(_KEEPER), str(os.getpid()), str(self._log), *command], endpoint
+        (java, *command), endpoint = super().subprocess_cmd_and_endpoint()
+        keeper = [sys.executable, str(_KEEPER), str(os.getpid()), str(self._log)]
+        return [*keeper, java, "-Djava.io.tmpdir={temporary}", *command], endpoint
 
     def end_process(self) -> None:
         if self._server is not None:

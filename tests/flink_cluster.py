@@ -126,6 +126,9 @@ class Cluster:
 
 def submit(options: list[Any], **arguments: Any) -> subprocess.Popen[str]:
     """Starts `python -m pipeline flink` in a process, and a group, of its own."""
+    # Shells have what runs in the background ignore it, and so would the program, which is to hear it here.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", "flink", *map(str, options)],
         cwd=ROOT,

@@ -361,6 +361,21 @@ def test_a_job_server_ends_when_its_keeper_is_told_to(tmp_path, number):
     assert keeper.wait(20) != 0
 
 
+@linux
+def test_a_job_servers_temporary_folder_goes_with_it(tmp_path):
+    log = tmp_path / "log"
+    server = ["bash", "-c", 'echo left >"$0/left"; echo "$0"; exec sleep 100', "{temporary}"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    keeper = subprocess.Popen(keeper_command(os.getpid(), log, *server), env=environment)
+    folder = Path(wait_until("the server runs", lambda: log.exists() and log.read_text(), 20).strip())
+    assert folder.parent == tmp_path
+    assert (folder / "left").exists()
+    time.sleep(0.2)
+    keeper.terminate()
+    keeper.wait(20)
+    assert not folder.exists()
+
+
 def test_a_job_server_that_fails_ends_its_keeper_with_the_same_status(tmp_path):
     log = tmp_path / "log"
     done = subprocess.run(keeper_command(os.getpid(), log, "bash", "-c", "echo why; exit 7"), check=False)
@@ -459,6 +474,23 @@ def test_taking_down_a_cluster_that_was_never_up_does_no_harm(tmp_path):
     status = script(SCRIPT, "status", **environment)
     assert (status.returncode, status.stdout) == (1, f"no cluster runs in {tmp_path}/cluster\n")
     assert script(SCRIPT, "upp", **environment).returncode == 2
+
+
+@linux
+@pytest.mark.parametrize(
+    ("setting", "value", "told"),
+    [
+        ("FLINK_SLOTS", "many", "FLINK_SLOTS=many is no whole number from 1"),
+        ("FLINK_TASK_MANAGERS", "0", "FLINK_TASK_MANAGERS=0 is no whole number from 1"),
+        ("FLINK_REST_PORT", "8081 ", "FLINK_REST_PORT=8081  is no whole number from 1"),
+        ("FLINK_TASK_MANAGER_MEMORY", "4", "FLINK_TASK_MANAGER_MEMORY=4 is no amount of memory: write 4g or 3072m"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(tmp_path, setting, value, told):
+    environment = {"PATH": os.environ["PATH"], "FLINK_CLUSTER": str(tmp_path / "cluster"), setting: value}
+    done = script(SCRIPT, "up", **environment)
+    assert (done.returncode, done.stderr) == (1, f"error: {told}\n")
+    assert not (tmp_path / "cluster").exists()
 
 
 def make_cluster(folder: Path, process_id: int | None = None) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,23 @@ def run(runner: str, options: list[str], output: Path, corpus: Path, *more: str)
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Cluster]:
+def coming(tmp_path_factory) -> Iterator[tuple[Cluster, Future[None]]]:
+    """A cluster that comes up while the local runner works, and what waits for it."""
     cluster = Cluster(tmp_path_factory.mktemp("flink") / "cluster")
     try:
-        cluster.up()
-        yield cluster
+        with ThreadPoolExecutor() as pool:
+            yield cluster, pool.submit(cluster.up)
     finally:
         cluster.script("down")
         assert cluster.processes() == {}
+        assert {path.name for path in cluster.folder.iterdir()} == {"conf", "lib", "log", "start-worker.sh"}
+
+
+@pytest.fixture(scope="module")
+def cluster(coming) -> Cluster:
+    cluster, is_up = coming
+    is_up.result()
+    return cluster
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +87,7 @@ def tiny(tiny_checkpoint) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory, corpus, tiny) -> Snapshot:
+def local(coming, tmp_path_factory, corpus, tiny) -> Snapshot:
     """What the local runner makes of the corpus."""
     return run("local", [], tmp_path_factory.mktemp("local") / "out", corpus, *tiny)
 

@@ -44,6 +44,12 @@ esac
 
 # --- Settings, from the environment ---
 
+for setting in FLINK_REST_PORT FLINK_RPC_PORT FLINK_POOL_PORT FLINK_TASK_MANAGERS FLINK_SLOTS; do
+  [[ ${!setting:-1} =~ ^[1-9][0-9]{0,4}$ ]] || fail "$setting=${!setting} is no whole number from 1"
+done
+[[ ${FLINK_TASK_MANAGER_MEMORY:-2g} =~ ^[1-9][0-9]*[kmg]$ ]] ||
+  fail "FLINK_TASK_MANAGER_MEMORY=$FLINK_TASK_MANAGER_MEMORY is no amount of memory: write 4g or 3072m"
+
 # Folders are named as the system names them, whatever links and dots lead there: by that name processes are found.
 cache=$(realpath -m -- "${FLINK_CACHE:-$root/.cache/flink}") # What is downloaded or built once.
 cluster=$(realpath -m -- "${FLINK_CLUSTER:-$cache/cluster}") # One cluster: its settings, logs and process ids.
@@ -65,6 +71,7 @@ flink=$cache/flink-$flink_version
 worker_python=$cache/worker-python
 pids=$cluster/pids
 run=$cluster/run # The current folder of all processes of the cluster, and of no others: by it they are known.
+temporary=$cluster/tmp # Of all processes: those that are killed leave files behind.
 starter=$cluster/start-worker.sh
 mark='# Becomes a worker of deploy/flink/cluster.sh.' # In the starter: by it a folder is known as a cluster of this script.
 export FLINK_LIB_DIR=$cluster/lib FLINK_CONF_DIR=$cluster/conf FLINK_LOG_DIR=$cluster/log FLINK_PID_DIR=$cluster/flink-pids
@@ -157,7 +164,7 @@ check_folder() {
 
 # Makes the folder anew, but for what is not from here.
 make_cluster() {
-  local folders=("$FLINK_LIB_DIR" "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$cluster/workers")
+  local folders=("$FLINK_LIB_DIR" "$FLINK_CONF_DIR" "$FLINK_LOG_DIR" "$FLINK_PID_DIR" "$pids" "$run" "$temporary" "$cluster/workers")
   mkdir -p "$cluster"
   write_worker_starter # First, so that the folder stays known as ours whatever ends this.
   rm -rf "${folders[@]}"
@@ -200,6 +207,9 @@ taskmanager.network.sort-shuffle.min-buffers: 64
 rest.address: localhost
 rest.bind-address: localhost
 rest.port: $rest_port
+# By its relative name, which holds no space: all stand in the folder \`run\`.
+env.java.opts.jobmanager: -Djava.io.tmpdir=../tmp
+env.java.opts.taskmanager: -Djava.io.tmpdir=../tmp
 # With Beam's classes loaded by Flink itself, workers live from one phase of a job to the next, as
 # --environment_cache_millis says; with those that come with the job, each phase starts its own.
 classloader.resolve-order: parent-first
@@ -230,7 +240,7 @@ start() {
   local name=$1
   shift
   set -m
-  (cd "$run" && exec "$@") </dev/null >"$FLINK_LOG_DIR/$name.out" 2>&1 &
+  (cd "$run" && TMPDIR=$temporary exec "$@") </dev/null >"$FLINK_LOG_DIR/$name.out" 2>&1 &
   echo "$!" >"$pids/$name.pid"
   set +m
 }
@@ -358,7 +368,7 @@ down() {
     done
     sleep 0.2
   done
-  rm -rf "$pids" "$run" "$FLINK_PID_DIR" "$cluster/workers"
+  rm -rf "$pids" "$run" "$FLINK_PID_DIR" "$temporary" "$cluster/workers"
 }
 
 status() {
