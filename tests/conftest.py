@@ -1,10 +1,15 @@
-"""Fixtures that several test files share: a tiny encoder and a checkpoint of it."""
+"""Fixtures that several test files share: a tiny encoder, a checkpoint of it, and the same runs on a slow machine."""
+
+import math
+import os
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertModel
 
+from pipeline import progress_line
+from transforms import known_vectors
 from transforms.encoder import BertLstmEncoder
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -16,6 +21,10 @@ VOCABULARY = [*SPECIAL_TOKENS, *WORDS, *(piece for piece in PIECES if piece not 
 # The models are tiny: more threads than one only wait for each other.
 torch.set_num_threads(1)
 
+# The servers of the tests are on this machine: no proxy leads to them.
+for _name in ("no_proxy", "NO_PROXY"):
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "localhost,127.0.0.1"]))
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -23,6 +32,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def no_clock():
+    """Leaves out what a run does only when it takes long, so that it does the same on a machine that is busy.
+
+    That is to say how far it is, and to save its work on the way. Tests of these set the times themselves.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress_line, "_LOG_INTERVAL_SECONDS", 1e6)
+        patch.setattr(known_vectors, "_MIN_INTERVAL_SECONDS", math.inf)
+        patch.setattr(known_vectors, "_MAX_INTERVAL_SECONDS", math.inf)
+        yield
 
 
 def tiny_tokenizer() -> Tokenizer:

@@ -134,7 +134,7 @@ def test_of_processes_that_want_a_checkpoint_at_once_one_downloads_it(uploaded, 
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    told = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    told = [process.communicate(timeout=240)[0].splitlines() for process in processes]
     assert [lines.pop() for lines in told] == [str(folder)] * 2
     assert sorted(told, key=len) == [[], sorted(f"tiny/{file}" for file in files_in(folder))]
     assert files_in(folder) == files_in(Path(tiny_checkpoint))

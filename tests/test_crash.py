@@ -21,21 +21,29 @@ from transforms.snapshots import check_shards, list_published, list_work
 ROOT = Path(__file__).parent.parent
 
 SLOW_RUN = """\
-import sys, time
+import sys
+from types import SimpleNamespace
 from pipeline.__main__ import main
-from transforms.known_vectors import WorkSaver
+from transforms import known_vectors
 
-save = WorkSaver.__call__
+save = known_vectors.WorkSaver.__call__
+seconds = 1000.0
 
 def slowly(saver, encoded):
+    global seconds
     save(saver, encoded)
+    seconds += 0.5
     print(len(encoded), flush=True)
-    time.sleep(0.5)
+    assert sys.stdin.readline()
 
-WorkSaver.__call__ = slowly
+known_vectors.WorkSaver.__call__ = slowly
+known_vectors.time = SimpleNamespace(monotonic=lambda: seconds)
 sys.exit(main(sys.argv[1:]))
 """
-"""Runs a command with an encoder that takes half a second for each group of texts, and prints how many they were."""
+"""Runs a command with an encoder that takes half a second, by a clock of its own, for each group of texts.
+
+It prints how many they were, and goes on when it is given a line.
+"""
 
 
 def write_corpus(path, numbers) -> str:
@@ -102,15 +110,25 @@ def test_killed_near_the_end_of_encoding_the_next_run_encodes_the_tail_alone(tmp
     command = [sys.executable, "-c", SLOW_RUN, "local", *corpus, "--device=cpu", "--dtype=float32"]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     killed = subprocess.Popen(
-        [*command, f"--output={output}"], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}
+        [*command, f"--output={output}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
     )
+    assert killed.stdin is not None
     assert killed.stdout is not None
     num_encoded = num_groups = 0
-    while num_encoded < 0.85 * 555:
+    while True:
         num_encoded += int(killed.stdout.readline())
         num_groups += 1
+        if num_encoded >= 0.85 * 555:
+            break
+        killed.stdin.write("\n")
+        killed.stdin.flush()
     killed.kill()
     killed.wait()
+    killed.stdin.close()
     killed.stdout.close()
     assert num_groups > 20
     assert num_encoded < 555

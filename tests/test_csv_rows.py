@@ -187,10 +187,10 @@ def test_sound_rows_after_a_broken_line_are_read(pieces, count):
     "line", [b'"\n', b'",\n', b'x,"\n', b'""\n', b'"""\n', b'a"b\n', b'"a"b\n', b"a\n", b'"",""""\n', b'a,"b\n']
 )
 def test_time_is_linear_whatever_the_quotes(line):
-    started = time.perf_counter()
+    started = time.thread_time()
     rows = rows_of(line * 50_000)
     assert len(rows) >= 25_000
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 10
 
 
 def test_documents_are_made_of_rows():

@@ -140,8 +140,8 @@ def test_a_file_is_one_document(size):
 def test_short_documents_are_read_fast():
     line = json.dumps({"id": "document-123456", "text": "forty characters of text, more or less..", "year": 2000})
     data = (line + "\n").encode() * 50_000
-    started = time.perf_counter()
+    started = time.thread_time()
     count = sum(1 for _ in read_jsonl(((0, line) for _, line in read_lines([data], 1 << 20)), "f", MAKE))
     assert count == 50_000
     # A tenth of what one core does; a guard against the quadratic and the absurd.
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5

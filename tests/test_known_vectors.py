@@ -121,6 +121,11 @@ def test_a_file_of_another_schema_is_not_taken(tmp_path, contents):
 # When work is saved.
 
 
+@pytest.fixture(autouse=True)
+def no_clock():
+    """In place of the one that all tests share: here the times are those of the program."""
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that a test sets."""

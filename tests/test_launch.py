@@ -39,7 +39,7 @@ END
     ;;
   pip)
     touch "$venv/half-made"
-    sleep "${{SECONDS_TO_INSTALL:-0}}"
+    until [[ -z ${{INSTALLS_WITH:-}} || -e $INSTALLS_WITH ]]; do sleep 0.1; done
     rm "$venv/half-made"
     ;;
 esac
@@ -117,7 +117,7 @@ class Checkout:
 
     def call(self, *words: str, **environment: str) -> subprocess.CompletedProcess:
         process = self.start(*words, **environment)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=240)
         return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
     def uv_calls(self) -> list[str]:
@@ -139,7 +139,7 @@ def checkout(tmp_path) -> Checkout:
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -223,7 +223,8 @@ def test_a_virtual_environment_whose_python_is_gone_is_made_anew(checkout):
 
 @pytest.mark.parametrize("only_the_shell", [False, True])
 def test_a_set_up_that_was_killed_is_repaired_by_the_next_call(checkout, only_the_shell):
-    process = checkout.start("local", SECONDS_TO_INSTALL="3")
+    go_on = checkout.machine / "go-on"
+    process = checkout.start("local", INSTALLS_WITH=str(go_on))
     half_made = checkout.root / ".venv" / "half-made"
     wait_until(half_made.exists)
     if only_the_shell:  # What it started goes on and ends its work; the next call waits for that.
@@ -231,15 +232,23 @@ def test_a_set_up_that_was_killed_is_repaired_by_the_next_call(checkout, only_th
     else:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    result = checkout.call("local")
-    assert result.returncode == 7
-    assert ("Waiting for another set-up" in result.stderr) == only_the_shell
+    following = checkout.start("local")
+    if only_the_shell:
+        assert following.stderr.readline().startswith("Waiting for another set-up")
+    go_on.touch()
+    following.communicate(timeout=240)
+    assert following.returncode == 7
     assert not half_made.exists()
     assert checkout.set_ups() == (1 if only_the_shell else 2)
 
 
 def test_two_calls_at_once_set_up_once(checkout):
-    processes = [checkout.start("local", SECONDS_TO_INSTALL="1") for _ in range(3)]
+    go_on = checkout.machine / "go-on"
+    processes = [checkout.start("local", INSTALLS_WITH=str(go_on)) for _ in range(3)]
+    # Two of them find that the third has begun.
+    began = [process.stderr.readline().partition(" ")[0] for process in processes if process.stderr]
+    assert sorted(began) == ["Setting", "Waiting", "Waiting"]
+    go_on.touch()
     assert [process.communicate()[0] != "" for process in processes] == [True] * 3
     assert [process.returncode for process in processes] == [7] * 3
     assert checkout.set_ups() == 1

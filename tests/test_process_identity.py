@@ -46,7 +46,9 @@ def test_a_process_that_ended_is_dead_without_proc_too(monkeypatch, tmp_path):
 
 
 def test_a_process_that_ended_is_dead_though_its_parent_has_not_asked_for_its_status():
-    with subprocess.Popen([sys.executable, "-c", IN_CHILD + "import sys; sys.stdin.read()"], stdin=PIPE, stdout=PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_CHILD + "import sys; sys.stdin.read()"], stdin=PIPE, stdout=PIPE, text=True
+    ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         process = json.loads(child.stdout.readline())
