@@ -1,7 +1,7 @@
 """BertLstmEncoder: a text through BERT, one LSTM layer and pooling to a vector of 256 numbers; knows no Beam."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shutil import copyfile
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from transforms.checkpoint import (
     sha256_of,
 )
 from transforms.fingerprint import fingerprint
+from transforms.packed_bert import PackedBert
 from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
 from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
@@ -41,6 +42,20 @@ MAX_PADDING_TOKENS = {"cpu": 48, "cuda": 4096}
 
 BATCHES_PER_GROUP = 16
 """BERT batches whose token embeddings are held at once, so that the LSTM steps through many texts together."""
+
+
+class EmbeddedWindows(NamedTuple):
+    """Windows that went through BERT together.
+
+    Attributes:
+      window_indices: (n,) int64, the windows' places in the list that was embedded.
+      token_embeddings: (tokens, width), those of each window end to end, in the order of the indices.
+      padded_tokens: (n,) int64, what each window took up, padding counted.
+    """
+
+    window_indices: np.ndarray
+    token_embeddings: Tensor
+    padded_tokens: np.ndarray
 
 
 class EncodedTexts(NamedTuple):
@@ -110,6 +125,7 @@ class BertLstmEncoder(nn.Module):
         self.bert_name = bert_name
         self._bert_file = bert_file
         self._bert_sha256: str | None = None
+        self._packed_bert: PackedBert | None = None
         self.eval()
 
     @property
@@ -133,6 +149,7 @@ class BertLstmEncoder(nn.Module):
         The LSTM stays in float32: over thousands of steps its state would gather the rounding of a smaller type.
         """
         self._bert_sha256 = self.bert_sha256  # Of the weights as they were loaded, before rounding.
+        self._packed_bert = None
         self.bert.to(device=device, dtype=dtype)
         self.lstm.to(device=device, dtype=torch.float32)
         return self
@@ -257,17 +274,41 @@ class BertLstmEncoder(nn.Module):
         width = self.bert.config.hidden_size
         packed = torch.empty(int(lengths.sum()), width, dtype=torch.float32, device=self.device)
         padded_tokens = np.zeros(len(texts), dtype=np.int64)
-        max_padding_tokens = MAX_PADDING_TOKENS[self.device.type]
-        for batch in padded_batches(windows, budget, max_padding_tokens, self.tokenizer.pad_id):
+        for embedded in self.embed_windows(windows, budget):
+            target = np.concatenate([slots_of_window[index] for index in embedded.window_indices])
+            packed[torch.from_numpy(target).to(self.device)] = embedded.token_embeddings.float()
+            np.add.at(padded_tokens, np.array(text_of_window)[embedded.window_indices], embedded.padded_tokens)
+        return self.pool(packed, slots).cpu().numpy(), padded_tokens
+
+    @torch.inference_mode()
+    def embed_windows(
+        self, windows: Sequence[np.ndarray], max_batch_tokens: int | None = None
+    ) -> Iterator[EmbeddedWindows]:
+        """Sorts windows by length and takes them through BERT, on a GPU in padded batches, on a CPU without padding.
+
+        Args:
+          windows: each (length,) int64, from [CLS] to [SEP].
+          max_batch_tokens: the most tokens, padding counted, that go through BERT at once; by device where None.
+
+        Yields:
+          The longest windows first, so that memory peaks at the start; together each window once.
+        """
+        budget = MAX_BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
+        lengths = np.array([len(window) for window in windows], dtype=np.int64)
+        if PackedBert.fits(self.bert):
+            if self._packed_bert is None or not self._packed_bert.is_of(self.bert):
+                self._packed_bert = PackedBert(self.bert)
+            for indices in groups_by_length(lengths, budget):
+                token_embeddings = self._packed_bert([windows[index] for index in indices])
+                yield EmbeddedWindows(indices, token_embeddings, lengths[indices])
+            return
+        for batch in padded_batches(windows, budget, MAX_PADDING_TOKENS[self.device.type], self.tokenizer.pad_id):
             input_ids = torch.from_numpy(batch.input_ids).to(self.device)
             mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(self.device)
             embedded = self.token_embeddings(input_ids, mask)
             tokens = embedded.flatten(0, 1) if mask is None else embedded[mask.bool()]
-            target = np.concatenate([slots_of_window[index] for index in batch.window_indices])
-            packed[torch.from_numpy(target).to(self.device)] = tokens.float()
-            for index in batch.window_indices:
-                padded_tokens[text_of_window[index]] += batch.input_ids.shape[1]
-        return self.pool(packed, slots).cpu().numpy(), padded_tokens
+            areas = np.full(len(batch.window_indices), batch.input_ids.shape[1], dtype=np.int64)
+            yield EmbeddedWindows(batch.window_indices, tokens, areas)
 
     # Checkpoints.
 
