@@ -11,9 +11,8 @@ from tokenizers import Tokenizer
 
 from pipeline.training_data import StsPairs, halves, read_columns, read_sts, read_texts
 from transforms.devices import DEVICES, DTYPES
-from transforms.encoder import MAX_BATCH_TOKENS, MAX_PADDING_TOKENS, BertLstmEncoder
+from transforms.encoder import BertLstmEncoder
 from transforms.hardware import resolve_device, resolve_dtype
-from transforms.tokenization import padded_batches
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """From n texts to (n, width) float32 of unit length."""
@@ -164,15 +163,10 @@ def mean_pooled(encoder: BertLstmEncoder, texts: Sequence[str]) -> np.ndarray:
     content = encoder.tokenizer.window_tokens - 2
     windows = [encoder.tokenizer.windows(text.token_ids[:content])[0] for text in encoder.tokenizer.tokenize(texts)]
     vectors = np.empty((len(texts), encoder.bert.config.hidden_size), dtype=np.float32)
-    device = encoder.device.type
-    for batch in padded_batches(
-        windows, MAX_BATCH_TOKENS[device], MAX_PADDING_TOKENS[device], encoder.tokenizer.pad_id
-    ):
-        input_ids = torch.from_numpy(batch.input_ids).to(encoder.device)
-        ones = np.ones_like(batch.input_ids)
-        mask = torch.from_numpy(ones if batch.attention_mask is None else batch.attention_mask).to(encoder.device)
-        sums = (encoder.token_embeddings(input_ids, mask).float() * mask[..., None]).sum(dim=1)
-        vectors[batch.window_indices] = torch.nn.functional.normalize(sums, dim=-1).cpu().numpy()
+    for indices, token_embeddings, _ in encoder.embed_windows(windows):
+        lengths = [len(windows[index]) for index in indices]
+        sums = torch.stack([tokens.float().sum(dim=0) for tokens in token_embeddings.split(lengths)])
+        vectors[indices] = torch.nn.functional.normalize(sums, dim=-1).cpu().numpy()
     return vectors
 
 

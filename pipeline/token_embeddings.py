@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from transforms.encoder import MAX_BATCH_TOKENS, MAX_PADDING_TOKENS, BertLstmEncoder
-from transforms.tokenization import padded_batches
+from transforms.encoder import BertLstmEncoder
 
 _EMBEDDINGS_FILE = "token_embeddings.float16"
 _OFFSETS_FILE = "offsets.npy"
@@ -86,14 +85,13 @@ def _compute(
     """Computes the token embeddings of texts, given as windows, and puts them where each text's offset says."""
     flat = [window for parts in windows for window in parts]
     starts = np.concatenate([offset + _starts(parts) for offset, parts in zip(offsets, windows, strict=True)])
-    device = encoder.device.type
-    for batch in padded_batches(flat, MAX_BATCH_TOKENS[device], MAX_PADDING_TOKENS[device], encoder.tokenizer.pad_id):
-        input_ids = torch.from_numpy(batch.input_ids).to(encoder.device)
-        mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(encoder.device)
-        computed = encoder.token_embeddings(input_ids, mask).to(torch.float16).cpu().numpy()
-        for row, window in enumerate(batch.window_indices):
+    for windows_done, token_embeddings, _ in encoder.embed_windows(flat):
+        computed = token_embeddings.to(torch.float16).cpu().numpy()
+        start = 0
+        for window in windows_done:
             length = len(flat[window])
-            embeddings[starts[window] : starts[window] + length] = computed[row, :length]
+            embeddings[starts[window] : starts[window] + length] = computed[start : start + length]
+            start += length
 
 
 def _starts(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from transforms.encoder import BertLstmEncoder, load_tokenizer
+from transforms.encoder import BertLstmEncoder
+from transforms.weights import load_tokenizer
 
 WORDS = ["read", "the", "zip", "archive", "lines", "fast", "slow", "blue"]
 texts_of_words = st.lists(st.text(alphabet="abc de.", max_size=200), min_size=1, max_size=8)

@@ -9,8 +9,9 @@ import torch
 from conftest import make_tiny_encoder
 
 from transforms.checkpoint import CheckpointConfig, sha256_of
-from transforms.encoder import BertLstmEncoder, load_tokenizer
+from transforms.encoder import BertLstmEncoder
 from transforms.fingerprint import describe_checkpoint
+from transforms.weights import load_tokenizer
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from job_runs import documents_of, make_job, published_rows, run_job
 
 from pipeline import graph
 from transforms import incremental, known_vectors, reconcile
-from transforms.encoder import BertLstmEncoder, load_tokenizer
+from transforms.encoder import BertLstmEncoder
 from transforms.known_vectors import read_work
 from transforms.manifest import check_manifest
 from transforms.schema import Document, Rejected, content_hash
 from transforms.snapshots import list_work, read_latest, work_folder
+from transforms.weights import load_tokenizer
 
 RAISES, NAN, EMPTY = "write the red file", "blue blue blue", "\u200b"
 

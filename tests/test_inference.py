@@ -12,13 +12,14 @@ from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
 from tokenized_texts import TEXTS, tokenized_documents
 
-from transforms.encoder import BertLstmEncoder, load_tokenizer
+from transforms.encoder import BertLstmEncoder
 from transforms.inference import EmbedDocuments, EncodeDocuments, EncoderModelHandler
 from transforms.loaded_encoder import (
     Encoded,
     LoadedEncoder,
 )
 from transforms.schema import Document, content_hash
+from transforms.weights import load_tokenizer
 
 
 @pytest.fixture

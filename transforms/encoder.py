@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from transforms.checkpoint import (
     BERT_FILE,
@@ -20,7 +20,6 @@ from transforms.checkpoint import (
     POOLINGS,
     TOKENIZER_FILE,
     CheckpointConfig,
-    bert_folder,
     checkpoint_folder,
     sha256_of,
 )
@@ -29,7 +28,7 @@ from transforms.packed_bert import PackedBert
 from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
 from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
-from transforms.weights import check_vocabulary, load_bert, load_bert_tokenizer, load_lstm, serialized
+from transforms.weights import check_vocabulary, load_bert, load_lstm, serialized
 
 DEFAULT_MAX_TOKENS = 8192
 DEFAULT_WINDOW_TOKENS = 512
@@ -415,24 +414,3 @@ class BertLstmEncoder(nn.Module):
             (folder / BERT_FILE).write_bytes(serialized(self.bert))
         else:
             raise ValueError(f"the BERT's weights were rounded to {self.dtype}: save the encoder before it is moved")
-
-
-def load_tokenizer(checkpoint: str, max_tokens: int | None = None) -> WindowTokenizer:
-    """Loads only a checkpoint's tokenizer, for the machines that have no model.
-
-    Args:
-      checkpoint: as in `BertLstmEncoder.from_pretrained`.
-      max_tokens: as there.
-
-    Raises:
-      FileNotFoundError: the checkpoint or its BERT is not there.
-    """
-    folder = checkpoint_folder(checkpoint)
-    config = CheckpointConfig.read(folder)
-    folder_of_bert = bert_folder(config.bert, folder)
-    positions = BertConfig.from_pretrained(folder_of_bert, local_files_only=True).max_position_embeddings
-    return WindowTokenizer(
-        load_bert_tokenizer(folder_of_bert),
-        min(config.window_tokens, positions),
-        config.max_tokens if max_tokens is None else max_tokens,
-    )

@@ -16,7 +16,6 @@ from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import (
     MAX_BATCH_TOKENS,
     BertLstmEncoder,
-    load_tokenizer,
 )
 from transforms.hardware import resolve_device, resolve_dtype
 from transforms.loaded_encoder import (
@@ -30,6 +29,7 @@ from transforms.loaded_encoder import (
 )
 from transforms.schema import Document, Embedding, Rejected, content_hash, preview
 from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW
+from transforms.weights import load_tokenizer
 
 BATCH_TOKENS = 1 << 20
 """Tokens the handler sees at once: enough to sort the texts into batches with hardly any padding."""

@@ -61,7 +61,10 @@ class PackedBert:
         )
 
     def is_of(self, bert: BertModel) -> bool:
-        """Returns whether a model's weights are still those that were laid out here."""
+        """Returns whether a model's weights are still those that were laid out here.
+
+        PyTorch keeps no count of changes through `weight.data`: those are not seen.
+        """
         return self._state == _state(bert)
 
     @torch.inference_mode()

@@ -19,9 +19,11 @@ from transforms.checkpoint import (
     CheckpointConfig,
     bert_folder,
     check_sha256,
+    checkpoint_folder,
     published_sha256,
 )
 from transforms.schema import EMBEDDING_DIM
+from transforms.tokenization import WindowTokenizer
 
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names them. Narrower ones are weights only together with scales, which are other tensors."""
@@ -167,3 +169,24 @@ class _WithoutInitialization(TorchFunctionMode):
 def _name(name: str) -> str:
     """Returns a weight's name as BERTs have it now; older ones write it in other ways."""
     return name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
+
+
+def load_tokenizer(checkpoint: str, max_tokens: int | None = None) -> WindowTokenizer:
+    """Loads only a checkpoint's tokenizer, for the machines that have no model.
+
+    Args:
+      checkpoint: as in `BertLstmEncoder.from_pretrained`.
+      max_tokens: as there.
+
+    Raises:
+      FileNotFoundError: the checkpoint or its BERT is not there.
+    """
+    folder = checkpoint_folder(checkpoint)
+    config = CheckpointConfig.read(folder)
+    folder_of_bert = bert_folder(config.bert, folder)
+    positions = BertConfig.from_pretrained(folder_of_bert, local_files_only=True).max_position_embeddings
+    return WindowTokenizer(
+        load_bert_tokenizer(folder_of_bert),
+        min(config.window_tokens, positions),
+        config.max_tokens if max_tokens is None else max_tokens,
+    )
