@@ -1,6 +1,7 @@
 """BertLstmEncoder: a text through BERT, one LSTM layer and pooling to a vector of 256 numbers; knows no Beam."""
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shutil import copyfile
@@ -27,6 +28,7 @@ from transforms.fingerprint import fingerprint
 from transforms.packed_bert import PackedBert
 from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
+from transforms.streams import Streams, streams
 from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
 from transforms.weights import check_vocabulary, load_bert, load_lstm, serialized
 
@@ -39,8 +41,14 @@ MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 MAX_PADDING_TOKENS = {"cpu": 48, "cuda": 4096}
 """Padding of one BERT batch at most: what starting another batch costs, in the tokens encoded in that time."""
 
-BATCHES_PER_GROUP = 16
-"""BERT batches whose token embeddings are held at once, so that the LSTM steps through many texts together."""
+_BATCHES_PER_GROUP = {"cpu": 4, "cuda": 16}
+"""BERT batches whose token embeddings are held at most, so that the LSTM steps through many texts together."""
+
+_GROUPS_PER_STREAM = 4
+"""Of few texts groups are made smaller, down to a batch, so that streams end at about the same time."""
+
+
+_packing = threading.Lock()
 
 
 class EmbeddedWindows(NamedTuple):
@@ -242,6 +250,8 @@ class BertLstmEncoder(nn.Module):
     def encode_tokens(self, token_ids: Sequence[np.ndarray], max_batch_tokens: int | None = None) -> EncodedTexts:
         """Encodes tokenized texts; a text alone gives the same vector as in any batch, up to rounding.
 
+        On a CPU each core encodes a group of texts by itself, where there are enough of them.
+
         Args:
           token_ids: each (num_tokens,), without special tokens.
           max_batch_tokens: padded area of a BERT batch; by device where None.
@@ -251,11 +261,43 @@ class BertLstmEncoder(nn.Module):
         lengths = np.array([sum(map(len, parts)) for parts in windows], dtype=np.int64)
         vectors = np.empty((len(windows), EMBEDDING_DIM), dtype=np.float32)
         padded_tokens = np.zeros(len(windows), dtype=np.int64)
-        for texts in groups_by_length(lengths, budget * BATCHES_PER_GROUP):
+
+        def encode_group(texts: np.ndarray) -> None:
             group = [windows[text] for text in texts]
             vectors[texts], padded_tokens[texts] = self._encode_group(group, lengths[texts], budget)
+
+        side_by_side = self.streams()
+        groups = self.groups(lengths, max_batch_tokens)
+        if side_by_side is not None and len(groups) >= side_by_side.count:
+            side_by_side.for_each(encode_group, groups)
+        else:
+            for group in groups:
+                encode_group(group)
         return EncodedTexts(vectors, padded_tokens, lengths)
 
+    def groups(self, lengths: np.ndarray, max_batch_tokens: int | None = None) -> list[np.ndarray]:
+        """Divides texts into groups that are encoded one by one.
+
+        Args:
+          lengths: (n,) int64, tokens of each text.
+          max_batch_tokens: padded area of a BERT batch; by device where None.
+
+        Returns:
+          (k,) int64 places of texts for each group, longest first.
+        """
+        budget = MAX_BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
+        max_tokens = budget * _BATCHES_PER_GROUP[self.device.type]
+        side_by_side = self.streams()
+        if side_by_side is not None:
+            fair_share = int(lengths.sum()) // (side_by_side.count * _GROUPS_PER_STREAM)
+            max_tokens = max(budget, min(max_tokens, fair_share))
+        return list(groups_by_length(lengths, max_tokens))
+
+    def streams(self) -> Streams | None:
+        """Returns the threads that groups are divided among; None where one group is computed at a time."""
+        return streams() if self.device.type == "cpu" else None
+
+    @torch.inference_mode()
     def _encode_group(
         self, texts: list[list[np.ndarray]], lengths: np.ndarray, budget: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -295,10 +337,9 @@ class BertLstmEncoder(nn.Module):
         budget = MAX_BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
         lengths = np.array([len(window) for window in windows], dtype=np.int64)
         if PackedBert.fits(self.bert):
-            if self._packed_bert is None or not self._packed_bert.is_of(self.bert):
-                self._packed_bert = PackedBert(self.bert)
+            packed_bert = self._current_packed_bert()
             for indices in groups_by_length(lengths, budget):
-                token_embeddings = self._packed_bert([windows[index] for index in indices])
+                token_embeddings = packed_bert([windows[index] for index in indices])
                 yield EmbeddedWindows(indices, token_embeddings, lengths[indices])
             return
         for batch in padded_batches(windows, budget, MAX_PADDING_TOKENS[self.device.type], self.tokenizer.pad_id):
@@ -308,6 +349,12 @@ class BertLstmEncoder(nn.Module):
             tokens = embedded.flatten(0, 1) if mask is None else embedded[mask.bool()]
             areas = np.full(len(batch.window_indices), batch.input_ids.shape[1], dtype=np.int64)
             yield EmbeddedWindows(batch.window_indices, tokens, areas)
+
+    def _current_packed_bert(self) -> PackedBert:
+        with _packing:  # Else each stream might make one of its own.
+            if self._packed_bert is None or not self._packed_bert.is_of(self.bert):
+                self._packed_bert = PackedBert(self.bert)
+            return self._packed_bert
 
     # Checkpoints.
 

@@ -1,19 +1,21 @@
 """Encodes tokenized documents with a loaded encoder, whatever one text or a full memory does to it."""
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from transforms import progress
-from transforms.encoder import BATCHES_PER_GROUP, BertLstmEncoder, EncodedTexts
+from transforms.encoder import BertLstmEncoder, EncodedTexts
 from transforms.hardware import describe
 from transforms.schema import Document
-from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW, groups_by_length
+from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW
 
 _MIN_BATCH_TOKENS = 512
 """Below this a smaller batch no longer helps against a full GPU."""
@@ -97,8 +99,28 @@ class Failed(NamedTuple):
     detail: str
 
 
+class _Work(NamedTuple):
+    """Documents that are being encoded.
+
+    Attributes:
+      documents: all of them.
+      results: of each, once there is one.
+      on_encoded: called with the results of each group.
+      turn: held while the model computes.
+      side_by_side: groups that are computed at a time.
+    """
+
+    documents: Sequence[TokenizedDocument]
+    results: list[Encoded | Failed | None]
+    on_encoded: Callable[[Sequence[Encoded]], None] | None
+    turn: AbstractContextManager
+    side_by_side: int
+
+
 class LoadedEncoder:
-    """An encoder ready to run, shared by the threads of a process; one of them computes at a time.
+    """An encoder ready to run, shared by the threads of a process.
+
+    On a GPU one of them computes at a time; on a CPU the groups of their texts share its cores.
 
     Args:
       encoder: on its device, in its type.
@@ -127,26 +149,39 @@ class LoadedEncoder:
           RuntimeError: not even a reference text can be encoded any more: the fault is not the texts'.
         """
         results: list[Encoded | Failed | None] = [None] * len(documents)
-        pending = self._groups(documents, np.arange(len(documents)))
+        groups = self._groups(documents, np.arange(len(documents)))
+        side_by_side = self.encoder.streams()
+        if side_by_side is not None and len(groups) >= side_by_side.count:
+            work = _Work(documents, results, on_encoded, nullcontext(), side_by_side.count)
+            side_by_side.for_each(lambda group: self._encode_groups(work, [group]), groups)
+        else:
+            self._encode_groups(_Work(documents, results, on_encoded, self._lock, 1), groups)
+        if any(result is None for result in results):
+            raise AssertionError("a document was neither encoded nor failed")
+        return [result for result in results if result is not None]
+
+    def _encode_groups(self, work: _Work, pending: list[np.ndarray]) -> None:
+        """Encodes groups of documents, one after the other, whatever becomes of them."""
+        documents = work.documents
         smaller: int | None = None  # The batches that the next group is tried in, after it did not fit.
         while pending:
             group = pending.pop(0)
             tokens = [documents[place].token_ids for place in group]
             failure: Exception | None = None
-            with self._lock:
+            with work.turn:
                 started = time.perf_counter()
                 max_batch_tokens = smaller or self.max_batch_tokens
                 try:
                     encoded = self.encoder.encode_tokens(tokens, max_batch_tokens)
                 except Exception as error:  # noqa: BLE001 - whatever a text can provoke; the bisection says it.
                     failure = error.with_traceback(None)  # Its frames would keep what fills the memory.
-                seconds = time.perf_counter() - started
+                seconds = (time.perf_counter() - started) / work.side_by_side
             if failure is not None:
                 smaller = None
                 if _is_out_of_memory(failure):
                     torch.cuda.empty_cache()
                     smaller = max_batch_tokens // 2 if max_batch_tokens // 2 >= _MIN_BATCH_TOKENS else None
-                pending[:0] = [group] if smaller else self._bisected(documents, group, failure, results)
+                pending[:0] = [group] if smaller else self._bisected(documents, group, failure, work.results)
                 continue
             if smaller:
                 self._keep_to(smaller)
@@ -154,18 +189,20 @@ class LoadedEncoder:
                 smaller = None
             finished = list(self._results(documents, group, encoded, seconds))
             for place, result in zip(group, finished, strict=True):
-                results[place] = result
-            if on_encoded is not None:
-                on_encoded([result for result in finished if isinstance(result, Encoded)])
+                work.results[place] = result
+            if work.on_encoded is not None:
+                work.on_encoded([result for result in finished if isinstance(result, Encoded)])
             progress.add("texts_encoded", len(group))
             progress.add("tokens_encoded", sum(map(size_tokens, (documents[place] for place in group))))
-        if any(result is None for result in results):
-            raise AssertionError("a document was neither encoded nor failed")
-        return [result for result in results if result is not None]
 
     def _groups(self, documents: Sequence[TokenizedDocument], places: np.ndarray) -> list[np.ndarray]:
-        lengths = np.array([len(documents[place].token_ids) for place in places], dtype=np.int64)
-        return [places[group] for group in groups_by_length(lengths, self.max_batch_tokens * BATCHES_PER_GROUP)]
+        lengths = np.array([size_tokens(documents[place]) for place in places], dtype=np.int64)
+        groups = [places[group] for group in self.encoder.groups(lengths, self.max_batch_tokens)]
+        # The longest texts come first, to meet a full memory early; the others mixed, so that a crash after most of the
+        # work has cost few texts, be they long or short.
+        others = groups[1:]
+        random.Random(0).shuffle(others)
+        return groups[:1] + others
 
     def _keep_to(self, max_batch_tokens: int) -> None:
         """Makes batches as small, from now on, as those that fitted."""

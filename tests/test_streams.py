@@ -1,0 +1,137 @@
+"""Threads that compute side by side."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_encoder
+from tokenized_texts import tokenized_documents
+
+from transforms.loaded_encoder import Encoded, LoadedEncoder
+from transforms.streams import Streams, streams
+
+
+@pytest.fixture
+def three_threads():
+    """As on a machine with three cores; tests run with one elsewhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_each_item_is_taken_once_by_threads_of_one_core(three_threads):
+    taken, threads = [], set()
+
+    def take(item: int) -> None:
+        torch.ones(1000, 1000).sum()  # Computes, so that a thread's setting counts.
+        taken.append((item, torch.get_num_threads()))
+        threads.add(threading.current_thread().name)
+
+    Streams(3).for_each(take, range(50))
+    assert sorted(taken) == [(item, 1) for item in range(50)]
+    assert threading.current_thread().name not in threads
+
+
+def test_as_many_items_at_a_time_as_there_are_streams(three_threads):
+    together = threading.Barrier(3)
+    Streams(3).for_each(lambda _: together.wait(timeout=60) and None, range(6))
+
+
+def test_no_items_are_no_work():
+    Streams(2).for_each(lambda _: pytest.fail("called"), [])
+
+
+def test_an_error_ends_the_work_and_is_raised(three_threads):
+    taken = []
+
+    def take(item: int) -> None:
+        taken.append(item)
+        if item == 1:
+            raise ValueError("item 1")
+
+    some = Streams(2)
+    with pytest.raises(ValueError, match="item 1"):
+        some.for_each(take, range(10_000))
+    assert len(taken) < 10_000
+    some.for_each(taken.append, ["more"])
+    assert taken[-1] == "more"
+
+
+def test_other_threads_keep_their_cores(three_threads):
+    found = []
+    Streams(2)
+    assert torch.get_num_threads() == 3
+    later = threading.Thread(target=lambda: found.append((torch.ones(10).sum(), torch.get_num_threads())[1]))
+    later.start()
+    later.join()
+    assert found == [3]
+
+
+def test_a_process_has_them_once_and_a_stream_has_none(three_threads):
+    found = []
+    some = streams()
+    assert some is not None
+    assert (some, some.count) == (streams(), 3)
+    some.for_each(lambda _: found.append(streams()), range(3))
+    assert found == [None] * 3
+
+
+def test_one_thread_needs_no_streams():
+    assert torch.get_num_threads() == 1
+    assert streams() is None
+
+
+@pytest.mark.parametrize("num_texts", [1, 2, 60])
+def test_texts_encoded_side_by_side_are_those_encoded_one_after_the_other(num_texts, three_threads):
+    encoder = make_tiny_encoder()
+    texts = [f"{'read ' * (number % 40)}zip {number}" for number in range(num_texts)]
+    side_by_side = encoder.encode(texts, max_batch_tokens=64)
+    torch.set_num_threads(1)
+    np.testing.assert_allclose(side_by_side, encoder.encode(texts, max_batch_tokens=64), atol=1e-6)
+
+
+def test_documents_encoded_side_by_side_keep_their_order_and_their_faults(three_threads):
+    encoder = make_tiny_encoder()
+    zip_id = encoder.tokenizer.tokenize(["zip"])[0].token_ids[0]
+    with torch.no_grad():
+        encoder.bert.embeddings.word_embeddings.weight[zip_id] = float("nan")
+    texts = ["zip" if number in (7, 50) else "read " * (number % 30 + 1) for number in range(90)]
+    documents = tokenized_documents(encoder, texts)
+    saved: list[Encoded] = []
+    lock = threading.Lock()
+
+    def save(encoded) -> None:
+        with lock:
+            saved.extend(encoded)
+
+    results = LoadedEncoder(encoder, max_batch_tokens=64).encode_documents(documents, save)
+    assert [result.document for result in results] == [document.document for document in documents]
+    assert [place for place, result in enumerate(results) if not isinstance(result, Encoded)] == [7, 50]
+    assert len(saved) == 88
+    alone = np.concatenate([encoder.encode([text]) for text in texts if text != "zip"])
+    np.testing.assert_allclose([result.vector for result in results if isinstance(result, Encoded)], alone, atol=1e-5)
+
+
+def test_the_time_of_groups_side_by_side_adds_up_to_the_time_they_took(three_threads, monkeypatch):
+    encoder = make_tiny_encoder()
+    loaded = LoadedEncoder(encoder, max_batch_tokens=64)
+    together = threading.Barrier(3)
+    encode = encoder.encode_tokens
+    seconds = [0.0]
+    monkeypatch.setattr("transforms.loaded_encoder.time.perf_counter", lambda: seconds[0])
+
+    def slowly(tokens, max_batch_tokens):
+        encoded = encode(tokens, max_batch_tokens)
+        if together.wait(timeout=60) == 0:
+            seconds[0] += 6.0
+        together.wait(timeout=60)
+        return encoded
+
+    monkeypatch.setattr(encoder, "encode_tokens", slowly)
+    documents = tokenized_documents(encoder, ["read " * 254] * 6)  # Six groups of 256 tokens, three at a time.
+    results = loaded.encode_documents(documents)
+    assert sum(result.encode_seconds for result in results if isinstance(result, Encoded)) == pytest.approx(
+        12.0, rel=0.02
+    )
