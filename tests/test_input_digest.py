@@ -149,7 +149,7 @@ def test_work_that_a_crashed_run_left_is_taken_up_though_nothing_changed(tmp_pat
 
 
 def test_a_templates_launch_must_start_a_job(capsys):
-    argv = "--runner=dataflow --project=p --region=r --temp_location=gs://bucket/t --output=gs://bucket/o".split()
+    argv = "--runner=dataflow --project=my-project-123 --region=r --temp_location=gs://bucket/t --output=gs://bucket/o".split()
     with pytest.raises(SystemExit):
         parse([*argv, "--input=gs://bucket/a.txt", "--template_location=gs://bucket/job", "--skip_unchanged"])
     assert "--skip_unchanged has no place in a template's launch" in capsys.readouterr().err
