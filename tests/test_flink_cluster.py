@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from embed_runs import PUBLISHED, contents_of, latest
+from embed_runs import PUBLISHED, latest
 from flink_cluster import BUILD, Cluster, submit, wait_until, why_not
 
 from pipeline.__main__ import main
 from pipeline.sample import write_sample
 from transforms.snapshots import Snapshot, check_shards, list_work, read_latest
+from transforms.storage import list_files
 
 pytestmark = [
     pytest.mark.slow,
@@ -130,7 +131,7 @@ def assert_equal(one: Snapshot, other: Snapshot, *but: str) -> None:
 
 
 def assert_nothing_but_snapshots(output: Path) -> None:
-    assert {name.partition("/")[0].partition("=")[0] for name in contents_of(output)} == {"LATEST", "snapshot"}
+    assert {name.partition("/")[0].partition("=")[0] for name in list_files(str(output))} == {"LATEST", "snapshot"}
 
 
 def test_a_cluster_gives_what_the_local_runner_gives(local, remote):
@@ -194,11 +195,12 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
     common = [f"--input={corpus}", f"--output={output}", *slow, *tiny]
 
     def saved() -> set[str]:
-        return {name for name in contents_of(output) if "/vectors-" in name} if output.exists() else set()
+        # Names alone: a worker whose job has failed may go on for a moment, and its files come and go.
+        return {name for name in list_files(str(output)) if "/vectors-" in name and name.endswith(".parquet")}
 
     def start_and_save(*options):
         """Starts a run, and returns it when it has saved work of its own."""
-        # A worker may go on for a moment after its job has failed: its files are those of an earlier run.
+        # What a worker whose job has failed still writes is an earlier run's.
         earlier = {name.rpartition("/")[0] for name in saved()}
 
         def has_saved() -> bool:
