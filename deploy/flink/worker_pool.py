@@ -7,6 +7,7 @@ TaskManager waits for it without end, unless the pool says what happened.
 """
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -40,21 +41,30 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):
         self._folder = folder
 
     def StartWorker(self, start_worker_request, unused_context):  # The name is Beam's.
-        """Starts a worker; answers when its Python runs, or with the end of its log where it died before."""
+        """Starts a worker; answers when its Python runs, or with the end of its log where it does not come to that."""
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         endpoints = ("logging_endpoint", "artifact_endpoint", "provision_endpoint", "control_endpoint")
         command = [self._executable, str(folder), f"--id={start_worker_request.worker_id}"]
         command += [f"--{name}={getattr(start_worker_request, name).url}" for name in endpoints]
         # Into a file: nobody would read a pipe, and a worker that says much would wait for ever.
         with open(folder / "log", "wb") as log:
-            worker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            # In a session of its own, so that it can be killed with all that it has started.
+            worker = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         deadline = time.monotonic() + _START_SECONDS
         while worker.poll() is None and time.monotonic() < deadline:
             if _runs_harness(worker.pid):
                 return beam_fn_api_pb2.StartWorkerResponse()
             time.sleep(_LOOK_SECONDS)
+        if worker.poll() is None:
+            os.killpg(worker.pid, signal.SIGKILL)  # Started late, it would work for a job that has failed.
+            worker.wait()
+            why = f"was killed, for it did not start within {_START_SECONDS:.0f} seconds"
+        else:
+            why = f"ended with status {worker.returncode} before it started"
         told = (folder / "log").read_text(errors="replace")[-_TOLD_CHARACTERS:]
-        return beam_fn_api_pb2.StartWorkerResponse(error=f"a worker did not start ({folder}/log): {told}")
+        return beam_fn_api_pb2.StartWorkerResponse(error=f"a worker {why} ({folder}/log): {told}")
 
     def StopWorker(self, stop_worker_request, unused_context):
         """Does nothing: the worker is about to end."""
