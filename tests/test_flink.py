@@ -62,7 +62,7 @@ ALWAYS = {
             {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}"},
         ),
         (
-            ["--job_endpoint=flink:8099"],
+            ["--job_endpoint=flink:8099", "--parallelism=8"],
             {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}"},
         ),
         (["--flink_master=localhost:8081", "--environment_type=LOOPBACK"], set()),
@@ -100,6 +100,10 @@ def test_an_installed_package_has_no_setup_file():
         (["--flink_submit_uber_jar"], "--flink_submit_uber_jar is not supported"),
         (["--flink_master=flink:8081", "--environment_type=LOOPBACK"], "flink:8081 cannot reach: leave it out"),
         (["--job_endpoint=flink:8099", "--environment_type=LOOPBACK"], "flink:8099 cannot reach: leave it out"),
+        (
+            ["--job_endpoint=localhost:8099"],
+            "the cluster behind --job_endpoint localhost:8099 has, and without a number",
+        ),
         (["--flink_master=flink:8081"], "name a folder that they and this machine see with --artifacts_dir"),
     ],
 )
@@ -277,13 +281,17 @@ def test_an_unreachable_cluster_or_job_server_is_told_at_once(root, bin_folder):
     with pytest.raises(flink_setup.FlinkError, match=f"no Flink answers at http://localhost:{port}/overview"):
         prepared(root, f"--flink_master=localhost:{port}")
     with pytest.raises(flink_setup.FlinkError, match=f"no job server answers at --job_endpoint localhost:{port}"):
-        prepared(root, f"--job_endpoint=localhost:{port}")
+        prepared(root, f"--job_endpoint=localhost:{port}", "--parallelism=2")
     with pytest.raises(flink_setup.FlinkError, match="no job server answers at --job_endpoint somewhere"):
-        prepared(root, "--job_endpoint=somewhere")
+        prepared(root, "--job_endpoint=somewhere", "--parallelism=2")
 
 
 def test_a_job_server_that_runs_needs_neither_java_nor_jar(tmp_path, fake_flink):
-    assert prepared(tmp_path, f"--job_endpoint={fake_flink}") == []
+    assert prepared(tmp_path, f"--job_endpoint={fake_flink}", "--parallelism=2") == []
+
+
+def test_the_slots_of_a_job_servers_cluster_are_known_where_its_master_is_named_too(tmp_path, fake_flink):
+    assert prepared(tmp_path, f"--job_endpoint={fake_flink}", f"--flink_master={fake_flink}") == ["--parallelism=2"]
 
 
 def test_where_beam_cannot_fetch_its_jar_it_is_told_what_to_do(tmp_path, bin_folder, monkeypatch):

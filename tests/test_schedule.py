@@ -760,7 +760,7 @@ def test_a_cron_job_runs_the_very_options_in_a_pod(capsys):
 
 def test_what_computes_elsewhere_asks_for_a_small_pod(capsys):
     flink = ["flink", "--job_endpoint=job-server:8099", "--environment_type=EXTERNAL", "--input=gs://a/b"]
-    flink = [*flink, "--environment_config=localhost:50000"]
+    flink = [*flink, "--environment_config=localhost:50000", "--parallelism=8"]
     for options in ([*CLOUD, "--sdk_container_image=i"], [*flink, "--output=gs://b/o"]):
         manifest = yaml.safe_load(printed(capsys, "--format=kubernetes", "--image=i", *options))
         assert kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
@@ -798,7 +798,8 @@ def test_a_file_of_this_machine_is_refused_for_a_pod(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "server.jar").touch()
     places = ["--output=gs://b/o", "--input=gs://a/b"]
-    options = ["flink", "--job_endpoint=h:1", "--environment_type=DOCKER", "--flink_job_server_jar=server.jar", *places]
+    options = ["flink", "--job_endpoint=h:1", "--parallelism=8", "--environment_type=DOCKER", *places]
+    options.append("--flink_job_server_jar=server.jar")
     message = refusal(capsys, "--format=kubernetes", "--image=i", *options)
     assert message == "--flink_job_server_jar 'server.jar' is a file of this machine: name one that the image has"
 
