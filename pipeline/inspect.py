@@ -85,7 +85,10 @@ def describe(snapshot: Snapshot, num_rows: int) -> dict[str, Any]:
         "folder": snapshot.folder,
         "published": list_published(snapshot.output),
         "schema": {field.name: str(field.type) for field in schema},
-        "metadata": {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()},
+        "metadata": {
+            key.decode(errors="replace"): value.decode(errors="replace")  # For people: damage is to be seen as well.
+            for key, value in (schema.metadata or {}).items()
+        },
         **_statistics(snapshot),
         "rows": list(itertools.islice(_rows(snapshot), num_rows)),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from snapshot_helper import FINGERPRINT, embedding, publish_rows, unit_vector
+from snapshot_helper import FINGERPRINT, embedding, parquet_bytes, publish_rows, table, unit_vector
 
 from pipeline import inspect
 from pipeline.__main__ import main
@@ -198,6 +198,23 @@ def test_a_damaged_snapshot_is_named(local, capsys):
     snapshot = publish_rows(local, ROWS, FIELDS)
     Path(snapshot.shard_paths[0]).unlink()
     assert "embeddings-00000-of-00005.parquet is missing: the snapshot is damaged" in error_of(capsys, local)
+
+
+def test_a_footer_whose_texts_do_not_decode_is_named(local, capsys):
+    path = Path(publish_rows(local, ROWS, FIELDS).shard_paths[0])
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    path.write_bytes(data[:footer] + data[footer:].replace(b"content_hash", b"content_has\xe8"))
+    assert f"{path} is not Parquet ('utf-8' codec can't decode" in error_of(capsys, local)
+    assert main(["inspect", local, "--check"]) == 1
+    assert f"  {path} is not Parquet ('utf-8' codec" in capsys.readouterr().out
+
+
+def test_a_footers_metadata_that_does_not_decode_is_shown(local, capsys):
+    path = Path(publish_rows(local, ROWS[:1], FIELDS).shard_paths[0])
+    damaged = table(ROWS[:1], FIELDS).replace_schema_metadata({b"encoder.\xff": b"\xfe"})
+    path.write_bytes(parquet_bytes(damaged))
+    assert json.loads(run(capsys, local, "--json"))["metadata"] == {"encoder.\ufffd": "\ufffd"}
 
 
 def test_contradicting_and_mistyped_options_are_refused(local, capsys):

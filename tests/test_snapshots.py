@@ -316,6 +316,25 @@ def test_shards_that_cannot_be_read_are_named(local):
         pass
 
 
+def test_a_footer_with_any_byte_changed_gives_rows_or_an_error_that_names_the_shard(local):
+    path = Path(publish_rows(local, ROWS[:3]).shard_paths[0])
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    named = []
+    for place in range(footer, len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 0x80 if place % 2 else 1 << place // 2 % 8  # The highest bit makes texts of it no UTF-8.
+        path.write_bytes(flipped)
+        try:
+            with open_shard(str(path)) as shard:
+                assert shard.schema_arrow.names
+            list(read_shard(str(path), FIXED_COLUMNS.names))
+        except DamagedSnapshotError as error:
+            named.append(error.args[0])
+    assert set(named) == {str(path)}
+    assert len(named) > (len(data) - footer) / 4  # The others are statistics, and the writer's name.
+
+
 # Vectors.
 
 

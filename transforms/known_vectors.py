@@ -186,11 +186,9 @@ class _ReadShard(beam.DoFn):
 
 
 def _check_columns(path: str, schema: pa.Schema, names: Sequence[str]) -> None:
-    """Raises DamagedSnapshotError unless a shard has columns as this release writes them."""
+    """Raises DamagedSnapshotError unless columns of a shard are as this release writes them."""
     for name in names:
         expected = FIXED_COLUMNS.field(name)
-        if name not in schema.names:
-            raise DamagedSnapshotError(path, f"has another schema: there is no column {name}")
         if not schema.field(name).equals(expected):
             raise DamagedSnapshotError(path, f"has another schema: {schema.field(name)} is not {expected}")
 

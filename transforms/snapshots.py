@@ -41,6 +41,9 @@ BATCH_ROWS = 8192
 _UNREADABLE = (GcsError, PermissionError)
 """Errors that say nothing about a shard: it may be whole, and the network or the credentials are not."""
 
+_UNDECODABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
+"""Errors of a shard whose bytes are not what was written: pyarrow has as many kinds as a footer has places."""
+
 _SNAPSHOT_PREFIX = "snapshot="
 _RUN_PREFIX = "run="
 
@@ -342,7 +345,7 @@ def open_shard(path: str) -> Iterator[pq.ParquetFile]:
     """Opens a shard for reading; a context that closes it.
 
     Raises:
-      DamagedSnapshotError: it is missing or is not Parquet.
+      DamagedSnapshotError: it is missing, or its footer cannot be decoded.
       OSError: it cannot be reached.
     """
     try:
@@ -352,9 +355,10 @@ def open_shard(path: str) -> Iterator[pq.ParquetFile]:
     with file:
         try:
             shard = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+            _ = shard.schema_arrow.names  # Else decoded only by those who ask, who expect no error then.
         except _UNREADABLE:
             raise
-        except (OSError, pa.ArrowInvalid) as error:
+        except _UNDECODABLE as error:
             raise DamagedSnapshotError(path, f"is not Parquet ({error})") from error
         yield shard
 
@@ -370,17 +374,20 @@ def read_shard(
       batch_rows: the most rows of a batch.
 
     Raises:
-      DamagedSnapshotError: it is missing or cannot be decoded.
+      DamagedSnapshotError: it is missing, cannot be decoded, or lacks a column.
       OSError: it cannot be reached.
     """
     with open_shard(path) as shard:
+        for name in columns or ():
+            if name not in shard.schema_arrow.names:
+                raise DamagedSnapshotError(path, f"has another schema: there is no column {name}")
         batches = shard.iter_batches(batch_rows, columns=columns)
         while True:
             try:
                 batch = next(batches, None)
             except _UNREADABLE:
                 raise
-            except (OSError, pa.ArrowInvalid) as error:
+            except _UNDECODABLE as error:
                 raise DamagedSnapshotError(path, f"cannot be decoded ({error})") from error
             if batch is None:
                 return
