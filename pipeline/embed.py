@@ -194,7 +194,7 @@ def plan(options: EmbedOptions) -> Job | None:
         dtype=options.dtype,
         max_batch_tokens=options.max_batch_tokens,
         num_threads=_threads_per_process(options),
-        previous_shards=latest.shard_paths if latest else [],
+        previous_shards=latest.shards if latest else [],
         previous_encoder=latest.fingerprint if latest and not options.full else None,
         unfinished=[] if options.full else found_work,
         beam_options=options.beam_options,

@@ -23,7 +23,7 @@ from transforms.known_vectors import ReadKnownVectors, WorkSaver
 from transforms.loaded_encoder import Encoded, Failed
 from transforms.reconcile import PublishSnapshot, Run
 from transforms.schema import Document
-from transforms.snapshots import work_folder
+from transforms.snapshots import Shard, work_folder
 from transforms.tally import CountElements, Tally
 from transforms.write import WriteEmbeddings, WriteRejected
 
@@ -63,7 +63,7 @@ class Job:
     dtype: str
     max_batch_tokens: int | None
     num_threads: int | None
-    previous_shards: Sequence[str]
+    previous_shards: Sequence[Shard]
     previous_encoder: str | None
     unfinished: Sequence[str]
     beam_options: Sequence[str] = ("--runner=FnApiRunner",)

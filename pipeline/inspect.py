@@ -95,12 +95,12 @@ def describe(snapshot: Snapshot, num_rows: int) -> dict[str, Any]:
 
 
 def _statistics(snapshot: Snapshot) -> dict[str, Any]:
-    paths = snapshot.shard_paths
-    places = np.linspace(0, len(paths) - 1, min(len(paths), SAMPLED_SHARDS)).astype(int)
+    shards = snapshot.shards
+    places = np.linspace(0, len(shards) - 1, min(len(shards), SAMPLED_SHARDS)).astype(int)
     norms, num_tokens = [np.empty(0)], [np.empty(0, dtype=np.int64)]
-    for path in (paths[place] for place in places):
+    for shard in (shards[place] for place in places):
         left = SAMPLED_ROWS_PER_SHARD
-        for batch in read_shard(path, ["embedding", "num_tokens"]):
+        for batch in read_shard(shard.path, ["embedding", "num_tokens"], rows=shard.rows):
             part = batch.slice(0, left)
             norms.append(np.linalg.norm(embeddings_of(part).astype(np.float64), axis=1))
             num_tokens.append(part.column("num_tokens").to_numpy())

@@ -74,7 +74,7 @@ def make_job(
         dtype="float32",
         max_batch_tokens=None,
         num_threads=None,
-        previous_shards=latest.shard_paths if latest else [],
+        previous_shards=latest.shards if latest else [],
         previous_encoder=latest.fingerprint if latest and not full else None,
         unfinished=unfinished,
     )

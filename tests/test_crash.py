@@ -338,7 +338,7 @@ def replace_in(path, old, new):
 DAMAGES = {
     "missing shard": (lambda shard: shard.unlink(), "SHARD is missing"),
     "truncated shard": (lambda shard: os.truncate(shard, 1000), "SHARD has 1000 bytes, not "),
-    "flipped bit": (flip_bit, "SHARD cannot be decoded ("),
+    "flipped bit": (flip_bit, "SHARD does not have the checksum sha256:"),
     "garbage in LATEST": (
         lambda shard: (shard.parent.parent / "LATEST").write_text("yesterday"),
         "LATEST does not hold the name of a snapshot",

@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,11 @@ from apache_beam.testing.test_pipeline import TestPipeline as Pipeline
 from apache_beam.testing.util import assert_that, equal_to
 from snapshot_helper import FINGERPRINT, NO_FIELDS, embedding, parquet_bytes, table, unit_vector
 
-from transforms import known_vectors
+from transforms import known_vectors, storage
 from transforms.incremental import PREVIOUS, unpack
 from transforms.known_vectors import ReadKnownVectors, WorkSaver, read_work, write_work
 from transforms.schema import EMBEDDING_DIM, content_hash
-from transforms.snapshots import DamagedSnapshotError
+from transforms.snapshots import DamagedSnapshotError, Shard, read_shard
 
 pytest_plugins = ["gcs_emulator"]
 
@@ -244,6 +245,11 @@ def shard_paths(tmp_path) -> list[str]:
     return [str(path) for path in paths]
 
 
+def as_shards(paths: list[str]) -> list[Shard]:
+    """Returns shards as a manifest that fits them has them."""
+    return [Shard(path, len(rows), storage.checksum(path)) for path, rows in zip(paths, SHARDS, strict=False)]
+
+
 def describe(known) -> tuple:
     text_hash, packed = known
     return text_hash, *unpack(packed)
@@ -252,7 +258,7 @@ def describe(known) -> tuple:
 def read(shard_paths, same_encoder=True, work_folders=(), ids=(), vectors=()):
     """Reads what earlier runs left, and compares it with ids and with what `describe` returns."""
     with Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
-        found_ids, known = pipeline | ReadKnownVectors(shard_paths, same_encoder, work_folders, FINGERPRINT)
+        found_ids, known = pipeline | ReadKnownVectors(as_shards(shard_paths), same_encoder, work_folders, FINGERPRINT)
         assert_that(found_ids, equal_to([(id_, PREVIOUS) for id_ in ids]), label="ids")
         assert_that(known | beam.Map(describe), equal_to(list(vectors)), label="vectors")
 
@@ -298,7 +304,7 @@ def damaged_by(path: str, damage) -> str:
     contents = damage(pq.read_table(path))
     Path(path).write_bytes(contents if isinstance(contents, bytes) else parquet_bytes(contents))
     with pytest.raises(DamagedSnapshotError) as caught:
-        list(known_vectors._ReadShard(FINGERPRINT).process(path))
+        list(known_vectors._ReadShard(FINGERPRINT).process(as_shards([path])[0]))
     message = str(caught.value)
     assert message.startswith(f"{path} ")
     assert message.endswith("Restore the file, or run embed with --full, which encodes everything anew without it")
@@ -356,9 +362,46 @@ def test_a_shard_damaged_in_its_middle_is_named(shard_paths, place):
 def test_a_shard_that_is_cut_or_gone_is_named(shard_paths):
     data = Path(shard_paths[0]).read_bytes()
     assert damaged_by(shard_paths[0], lambda _: data[:-100]).startswith("is not Parquet (")
-    Path(shard_paths[1]).unlink()
-    with pytest.raises(DamagedSnapshotError, match=f"{shard_paths[1]} is missing"):
-        list(known_vectors._ReadShard(FINGERPRINT).process(shard_paths[1]))
+    gone = as_shards(shard_paths)[1]
+    Path(gone.path).unlink()
+    for fingerprint in (FINGERPRINT, None):
+        with pytest.raises(DamagedSnapshotError, match=f"{gone.path} is missing"):
+            list(known_vectors._ReadShard(fingerprint).process(gone))
+
+
+def test_a_footer_with_any_byte_changed_carries_nothing_forward_and_hides_no_id(shard_paths):
+    """The pages' checksums do not cover it, and pyarrow itself reads other values, or fewer rows, from some."""
+    shard = as_shards(shard_paths)[0]
+    data = Path(shard.path).read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for place in range(footer, len(data), 3):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        Path(shard.path).write_bytes(flipped)
+        with pytest.raises(DamagedSnapshotError, match=f"{shard.path} does not have the checksum sha256:"):
+            list(known_vectors._ReadShard(FINGERPRINT).process(shard))
+        with suppress(DamagedSnapshotError):
+            assert list(known_vectors._ReadShard(None).process(shard)) == [(id_, PREVIOUS) for id_ in "abc"], place
+
+
+def test_a_page_that_pyarrow_passes_over_hides_no_row(shard_paths):
+    shard = as_shards(shard_paths)[0]
+    data = bytearray(Path(shard.path).read_bytes())
+    data[5] ^= 2  # The first page's type: now an index.
+    Path(shard.path).write_bytes(data)
+    assert sum(map(len, read_shard(shard.path, ["id"]))) == 0
+    with pytest.raises(DamagedSnapshotError, match=f"{shard.path} holds 0 rows, not 3: "):
+        list(known_vectors._ReadShard(None).process(shard))
+    assert list(known_vectors._ReadShard(None, skip_damaged=True).process(shard)) == []
+
+
+def test_a_shard_on_gs_is_read_once_and_its_rows_are_counted(gcs_bucket, monkeypatch):
+    path = f"{gcs_bucket}/embeddings-00000-of-00001.parquet"
+    storage.create_exclusively(path, parquet_bytes(table(SHARDS[0])))
+    monkeypatch.setattr(storage, "checksum", None)
+    assert len(list(known_vectors._ReadShard(FINGERPRINT).process(Shard(path, 3, "sha256:0")))) == 3 + 2
+    with pytest.raises(DamagedSnapshotError, match=f"{path} holds 3 rows, not 4: .* --full"):
+        list(known_vectors._ReadShard(FINGERPRINT).process(Shard(path, 4, "sha256:0")))
 
 
 def test_where_only_ids_matter_a_damaged_shard_may_be_skipped(shard_paths):
@@ -366,7 +409,7 @@ def test_where_only_ids_matter_a_damaged_shard_may_be_skipped(shard_paths):
     path = Path(shard_paths[0])
     path.write_bytes(path.read_bytes()[:-100])
     with Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
-        found, known = pipeline | ReadKnownVectors(shard_paths, False, [], FINGERPRINT, skip_damaged=True)
+        found, known = pipeline | ReadKnownVectors(as_shards(shard_paths), False, [], FINGERPRINT, skip_damaged=True)
         assert_that(found, equal_to([(id_, PREVIOUS) for id_ in ids]), label="ids")
         assert_that(known, equal_to([]), label="vectors")
 

@@ -1,6 +1,5 @@
 """Reads a whole snapshot and finds everything in it that is not as it must be."""
 
-import hashlib
 import json
 import tempfile
 from collections import Counter
@@ -15,12 +14,11 @@ from transforms import storage
 from transforms.id_partitions import IdPartitions, partition_count
 from transforms.schema import FIXED_COLUMNS
 from transforms.snapshots import DamagedSnapshotError, Snapshot, embeddings_of, open_shard, read_shard
-from transforms.storage import join
+from transforms.storage import checksum, join
 
 UNIT_LENGTH_TOLERANCE = 1e-3
 """How far a vector's length may be from 1."""
 
-_READ_BYTES = 1 << 24
 _ID_SCHEMA = pa.schema([("id", pa.string())])
 
 
@@ -48,15 +46,6 @@ def audit(snapshot: Snapshot) -> Iterator[str]:
             yield f"{path} does not have the checksum {described['checksum']}"
     yield from _check_rows(snapshot, [join(snapshot.folder, file) for file in files if file in sizes])
     yield from _check_rejected(snapshot, sizes)
-
-
-def checksum(path: str) -> str:
-    """Returns `sha256:` and the SHA-256 of a file's bytes in hex."""
-    digest = hashlib.sha256()
-    with storage.open_for_reading(path) as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _check_rows(snapshot: Snapshot, paths: list[str]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from apache_beam.pvalue import TaggedOutput
 from transforms import progress, storage
 from transforms.incremental import PREVIOUS, KnownVector, pack
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS
-from transforms.snapshots import DamagedSnapshotError, read_shard
+from transforms.snapshots import DamagedSnapshotError, Shard, check_checksum, read_shard
 
 MAX_WORK_TEXTS = 16_384
 """Vectors that are saved at once at most; they take 17 MB."""
@@ -152,9 +152,10 @@ def _known(batch: Any, fingerprint: str, origin: str, seen: set[str]):
 
 
 class _ReadShard(beam.DoFn):
-    """Path of a shard to (id, PREVIOUS), and, where the encoder is the same, (content hash, packed KnownVector).
+    """A Shard's values to (id, PREVIOUS), and, where the encoder is the same, (content hash, packed KnownVector).
 
-    Where damaged shards are skipped, a shard gives everything or nothing.
+    Of whatever is carried forward all bytes are checked, by the shard's checksum; where only ids are read, their number
+    and the checksums of their pages. Where damaged shards are skipped, a shard gives everything or nothing.
     """
 
     VECTORS = "vectors"
@@ -163,17 +164,21 @@ class _ReadShard(beam.DoFn):
         self._fingerprint = fingerprint
         self._skip_damaged = skip_damaged
 
-    def process(self, path: str):
+    def process(self, values: tuple[str, int, str]):
+        shard = Shard(*values)
         if self._skip_damaged:
             with suppress(DamagedSnapshotError):
-                yield from list(self._read(path))
+                yield from list(self._read(shard))
         else:
-            yield from self._read(path)
+            yield from self._read(shard)
 
-    def _read(self, path: str):
+    def _read(self, shard: Shard):
+        path = shard.path
+        if self._fingerprint is not None:
+            check_checksum(shard)
         seen: set[str] = set()  # At most as many as a shard has rows.
         columns = ["id"] if self._fingerprint is None else FIXED_COLUMNS.names
-        for batch in read_shard(path, columns):
+        for batch in read_shard(path, columns, rows=shard.rows):
             _check_columns(path, batch.schema, columns)
             for document_id in batch["id"].to_pylist():
                 yield document_id, PREVIOUS
@@ -222,14 +227,14 @@ class ReadKnownVectors(beam.PTransform):
     vectors of this encoder.
 
     Attributes:
-      shard_paths: of the last snapshot; none where there is none.
+      shards: of the last snapshot; none where there is none.
       same_encoder: whether the last snapshot's vectors are of this encoder.
       work_folders: of unfinished runs.
       fingerprint: of this encoder.
       skip_damaged: whether shards that cannot be read are no error, as where only their ids are of interest.
     """
 
-    shard_paths: Sequence[str]
+    shards: Sequence[Shard]
     same_encoder: bool
     work_folders: Sequence[str]
     fingerprint: str
@@ -239,7 +244,7 @@ class ReadKnownVectors(beam.PTransform):
         """Wires the reading of shards and of work, spread over the workers."""
         shards = (
             pipeline
-            | "ShardPaths" >> beam.Create(list(self.shard_paths), reshuffle=False)
+            | "Shards" >> beam.Create([tuple(shard) for shard in self.shards], reshuffle=False)
             | "SpreadShards" >> beam.Reshuffle()
             | "ReadShard"
             >> beam.ParDo(_ReadShard(self.fingerprint if self.same_encoder else None, self.skip_damaged)).with_outputs(

@@ -92,6 +92,14 @@ class LatestVersion(NamedTuple):
     generation: int
 
 
+class Shard(NamedTuple):
+    """A Parquet file of a snapshot, as its manifest has it; `checksum` as `storage.checksum` returns it."""
+
+    path: str
+    rows: int
+    checksum: str
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A snapshot whose manifest was read.
@@ -112,9 +120,15 @@ class Snapshot:
         return snapshot_folder(self.output, self.name)
 
     @property
-    def shard_paths(self) -> list[str]:
+    def shards(self) -> list[Shard]:
         """Its Parquet files, in the manifest's order."""
-        return [join(self.folder, shard["file"]) for shard in self.manifest["shards"]]
+        shards = self.manifest["shards"]
+        return [Shard(join(self.folder, shard["file"]), shard["rows"], shard["checksum"]) for shard in shards]
+
+    @property
+    def shard_paths(self) -> list[str]:
+        """Where its Parquet files are, in the manifest's order."""
+        return [shard.path for shard in self.shards]
 
     @property
     def rejected_files(self) -> list[dict[str, Any]]:
@@ -151,11 +165,11 @@ class Snapshot:
           A shard's path and rows of that shard, in order.
 
         Raises:
-          DamagedSnapshotError: a shard is missing or cannot be decoded.
+          DamagedSnapshotError: a shard is missing, cannot be decoded, or does not hold its rows.
         """
-        for path in self.shard_paths:
-            for batch in read_shard(path, columns, batch_rows):
-                yield path, batch
+        for shard in self.shards:
+            for batch in read_shard(shard.path, columns, batch_rows, shard.rows):
+                yield shard.path, batch
 
 
 # Paths and names.
@@ -363,18 +377,40 @@ def open_shard(path: str) -> Iterator[pq.ParquetFile]:
         yield shard
 
 
+def check_checksum(shard: Shard) -> None:
+    """Compares the bytes of a shard on this machine with its checksum; it reads them all.
+
+    On gs:// that would be a second download, so nothing is read: Google Cloud Storage keeps objects whole by checksums
+    of its own.
+
+    Raises:
+      DamagedSnapshotError: it is missing, or its bytes are not those that were written.
+    """
+    if storage.is_remote(shard.path):
+        return
+    try:
+        found = storage.checksum(shard.path)
+    except FileNotFoundError as error:
+        raise DamagedSnapshotError(shard.path, "is missing") from error
+    if found != shard.checksum:
+        raise DamagedSnapshotError(shard.path, f"does not have the checksum {shard.checksum}")
+
+
 def read_shard(
-    path: str, columns: Sequence[str] | None = None, batch_rows: int = BATCH_ROWS
+    path: str, columns: Sequence[str] | None = None, batch_rows: int = BATCH_ROWS, rows: int | None = None
 ) -> Iterator[pa.RecordBatch]:
     """Reads a shard's rows in order, one batch in memory at a time.
+
+    The pages' own checksums cover the values; a footer and pages' headers have none, and damaged ones can hide rows.
 
     Args:
       path: the shard.
       columns: the names of those to read; all where None.
       batch_rows: the most rows of a batch.
+      rows: how many it must hold, by its manifest; not checked where None.
 
     Raises:
-      DamagedSnapshotError: it is missing, cannot be decoded, or lacks a column.
+      DamagedSnapshotError: it is missing, cannot be decoded, lacks a column, or holds another number of rows.
       OSError: it cannot be reached.
     """
     with open_shard(path) as shard:
@@ -382,6 +418,7 @@ def read_shard(
             if name not in shard.schema_arrow.names:
                 raise DamagedSnapshotError(path, f"has another schema: there is no column {name}")
         batches = shard.iter_batches(batch_rows, columns=columns)
+        rows_read = 0
         while True:
             try:
                 batch = next(batches, None)
@@ -390,8 +427,11 @@ def read_shard(
             except _UNDECODABLE as error:
                 raise DamagedSnapshotError(path, f"cannot be decoded ({error})") from error
             if batch is None:
-                return
+                break
+            rows_read += len(batch)
             yield batch
+        if rows is not None and rows_read != rows:
+            raise DamagedSnapshotError(path, f"holds {rows_read} rows, not {rows}")
 
 
 def embeddings_of(batch: pa.RecordBatch) -> np.ndarray:

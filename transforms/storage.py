@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import itertools
 import os
 import shutil
@@ -36,6 +37,8 @@ _MOST_ATTEMPTS = 100
 
 _PAUSE_SECONDS = 0.1
 """Between two attempts to delete a folder: others that delete it are done meanwhile."""
+
+_READ_BYTES = 1 << 24
 
 ABSENT = 0
 """The generation of a file that does not exist."""
@@ -114,6 +117,15 @@ def open_for_reading(url: str) -> BinaryIO:
       FileNotFoundError: there is no such file.
     """
     return gcs.open_for_reading(url) if is_remote(url) else open(url, "rb")
+
+
+def checksum(url: str) -> str:
+    """Returns `sha256:` and the SHA-256 of a file's bytes in hex."""
+    digest = hashlib.sha256()
+    with open_for_reading(url) as file:
+        while chunk := file.read(_READ_BYTES):
+            digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def list_files(folder: str) -> dict[str, int]:
