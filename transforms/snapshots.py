@@ -275,6 +275,8 @@ def list_published(output: str) -> list[str]:
 def is_published(output: str, name: str) -> bool:
     """Returns whether a snapshot has been published; reads the manifests of those above it.
 
+    One that was removed, as older ones are, counts as published only while the history shows it.
+
     Raises:
       DamagedSnapshotError: it may have been, but the manifest of one above it is missing or invalid.
     """
@@ -282,6 +284,8 @@ def is_published(output: str, name: str) -> bool:
         if published <= name:
             return published == name
         if snapshot is None:
+            if storage.read_versioned(manifest_path(output, name)) is None:
+                return False  # A manifest is written before LATEST: without one it never was, or has been removed.
             raise DamagedSnapshotError(manifest_path(output, published), f"does not say whether {name} came before it")
     return False
 
