@@ -35,6 +35,7 @@ from transforms.fingerprint import describe_checkpoint
 from transforms.hardware import resolve_device, resolve_dtype
 from transforms.input_digest import input_digest
 from transforms.inputs import InputPlan
+from transforms.known_vectors import find_work
 from transforms.publish import abandon, check_not_overtaken, claim, is_running
 from transforms.read import ReadDocuments, plan_inputs
 from transforms.reconcile import REPORT_FILE, Run
@@ -158,19 +159,21 @@ def plan(options: EmbedOptions) -> Job | None:
     schema = output_schema(inputs.kept_fields, {f"encoder.{name}": str(value) for name, value in encoder.items()})
     token = latest_version(options.output)
     latest = _latest(options.output, options.full)
-    found_work = list_work(options.output)
+    began = datetime.fromtimestamp(started, timezone.utc)
+    work = find_work(options.output, encoder["fingerprint"], began)
+    rate = latest.manifest.get("seconds_per_token") if latest else None
     versions = _versions()
     digest = _digest(options, inputs, encoder["fingerprint"], versions, started) if options.skip_unchanged else None
     unchanged = latest is not None and digest is not None and latest.manifest.get("input_digest") == digest
-    if unchanged and not options.full and not found_work:
+    if unchanged and not options.full and not work.usable:
         return None
-    name = claim(options.output, datetime.fromtimestamp(started, timezone.utc), token)
+    name = claim(options.output, began, token)
     run = Run(
         output=options.output,
         name=name,
         token=token,
         started=started,
-        created=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        created=began.isoformat(timespec="seconds"),
         runner=beam_name(options.runner),
         encoder=encoder,
         versions=versions,
@@ -178,8 +181,8 @@ def plan(options: EmbedOptions) -> Job | None:
         max_rejected_fraction=options.max_rejected_fraction,
         keep_snapshots=options.keep_snapshots,
         # A living run's work is left to it: it may still publish, or the run after it take it up.
-        finished_work=[*(run for run in found_work if not is_running(options.output, run)), name],
-        seconds_per_token=latest.manifest.get("seconds_per_token") if latest and not options.full else None,
+        finished_work=[*(run for run in work.usable + work.outdated if not is_running(options.output, run)), name],
+        seconds_per_token=None if options.full else rate or work.seconds_per_token,
         input_digest=digest,
     )
     return Job(
@@ -196,7 +199,7 @@ def plan(options: EmbedOptions) -> Job | None:
         num_threads=_threads_per_process(options),
         previous_shards=latest.shards if latest else [],
         previous_encoder=latest.fingerprint if latest and not options.full else None,
-        unfinished=[] if options.full else found_work,
+        unfinished=[] if options.full else work.usable,
         beam_options=options.beam_options,
         encoder_hints=dataflow.encoder_hints(options.gpu, options.gpu_everywhere),
     )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,61 @@ def test_whoever_interrupts_a_run_is_told_where_work_is_kept(output, options, mo
     assert embed(*options(range(50)), output=output) == PUBLISHED
     assert (counts_of(latest(output)).get("recovered", 0) == 45) == is_late
     assert_nothing_but_snapshots(output)
+
+
+def fail_after_encoding(monkeypatch, *corpus, output):
+    """Runs `embed`, which saves all that it encodes, and fails when it is about to publish."""
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        for name in ("_MIN_INTERVAL_SECONDS", "_MAX_LOST_FRACTION"):
+            patch.setattr(known_vectors, name, 0.0)
+        patch.setattr(reconcile, "finish", fail)
+        assert embed(*corpus, output=output) == 1
+
+
+def test_a_run_of_another_encoder_leaves_saved_work_to_the_next_run_of_that_encoder(output, options, monkeypatch):
+    corpus = options(range(20))
+    fail_after_encoding(monkeypatch, *corpus, "--max_tokens=3", output=output)
+    work = {name: data for name, data in contents_of(output).items() if name.startswith(".work/run=")}
+    assert work
+
+    for more in ([], ["--full"]):
+        assert embed(*corpus, *more, output=output) == PUBLISHED
+        assert work.items() <= contents_of(output).items()
+
+    assert embed(*corpus, "--max_tokens=3", output=output) == PUBLISHED
+    assert counts_of(latest(output)) == {"read": 20, "reused": 20, "recovered": 20, "truncated": 20}
+    assert_nothing_but_snapshots(output)
+
+
+def test_old_work_of_another_encoder_is_removed(output, options, monkeypatch):
+    corpus = options(range(20))
+    fail_after_encoding(monkeypatch, *corpus, "--max_tokens=3", output=output)
+    monkeypatch.setattr(known_vectors, "WORK_OF_OTHERS_KEPT", timedelta(days=-1))
+    assert embed(*corpus, output=output) == PUBLISHED
+    assert_nothing_but_snapshots(output)
+
+
+def test_work_that_is_not_of_this_encoder_is_no_reason_to_publish_the_same_again(output, options, monkeypatch):
+    corpus = [*options(range(20)), "--skip_unchanged"]
+    os.utime(corpus[0].removeprefix("--input="), (0, 0))  # A file that has just been written counts as changed.
+    assert embed(*corpus, output=output) == PUBLISHED
+    fail_after_encoding(monkeypatch, *corpus, "--max_tokens=3", output=output)
+    before = latest(output)
+    assert embed(*corpus, output=output) == PUBLISHED
+    assert latest(output) == before
+
+
+def test_a_first_run_that_takes_up_all_its_work_says_what_that_saved(tmp_path, options, monkeypatch):
+    corpus = options(range(20))
+    fail_after_encoding(monkeypatch, *corpus, output=tmp_path / "new")
+    assert embed(*corpus, output=tmp_path / "new") == PUBLISHED
+    snapshot = latest(tmp_path / "new")
+    assert counts_of(snapshot) == {"read": 20, "reused": 20, "recovered": 20}
+    assert snapshot.manifest["seconds_saved"] > 0
 
 
 # Overtaken.

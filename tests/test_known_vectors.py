@@ -4,6 +4,7 @@ import os
 import pickle
 import threading
 from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,16 +20,23 @@ from snapshot_helper import FINGERPRINT, NO_FIELDS, embedding, parquet_bytes, ta
 
 from transforms import known_vectors, storage
 from transforms.incremental import PREVIOUS, unpack
-from transforms.known_vectors import ReadKnownVectors, WorkSaver, read_work, write_work
+from transforms.known_vectors import ReadKnownVectors, WorkSaver, find_work, read_work, write_work
 from transforms.schema import EMBEDDING_DIM, content_hash
-from transforms.snapshots import DamagedSnapshotError, Shard, read_shard
+from transforms.snapshots import DamagedSnapshotError, Shard, read_shard, work_folder
 
 pytest_plugins = ["gcs_emulator"]
 
 
 def encoded(text: str, num_tokens: int = 2, truncated: bool = False) -> SimpleNamespace:
     vector = unit_vector(int(content_hash(text)[:8], 16))
-    return SimpleNamespace(content_hash=content_hash(text), vector=vector, num_tokens=num_tokens, truncated=truncated)
+    return SimpleNamespace(
+        content_hash=content_hash(text),
+        vector=vector,
+        num_tokens=num_tokens,
+        truncated=truncated,
+        window_tokens=num_tokens + 2,
+        encode_seconds=0.5,
+    )
 
 
 TEXTS = [encoded(f"text {number}", number, number % 2 == 0) for number in range(4)]
@@ -117,6 +125,41 @@ def test_a_file_of_another_schema_is_not_taken(tmp_path, contents):
     path = str(tmp_path / "vectors-1.parquet")
     pq.write_table(contents.replace_schema_metadata({"encoder": FINGERPRINT}), path)
     assert read_work(path, FINGERPRINT) is None
+
+
+# Finding it.
+
+
+def test_work_is_found_by_its_encoder_and_that_of_others_is_kept_for_a_while(folder):
+    output = folder.removesuffix("/.work/run=1")
+    now = datetime(2026, 11, 22, 18, tzinfo=timezone.utc)
+    runs = {
+        "20261101T000000Z": FINGERPRINT,
+        "20261115T175959Z": "0" * 64,
+        "20261115T180000Z": "0" * 64,
+        "20261122T000000Z": FINGERPRINT,
+    }
+    for name, encoder in runs.items():
+        write_work(work_folder(output, name), encoder, TEXTS)
+    found = find_work(output, FINGERPRINT, now)
+    assert found.usable == ["20261101T000000Z", "20261122T000000Z"]
+    assert found.outdated == ["20261115T175959Z"]
+    assert found.seconds_per_token == pytest.approx(4 * 0.5 / (0 + 1 + 2 + 3 + 4 * 2))
+
+
+def test_work_that_does_not_say_of_which_encoder_it_is_counts_as_usable(tmp_path):
+    """Torn, or of a run that is about to save its first."""
+    torn, half_torn, empty, plain = (work_folder(str(tmp_path), f"2026110{day}T000000Z") for day in range(1, 5))
+    for place in (torn, half_torn):
+        path = Path(write_work(place, "0" * 64, TEXTS))
+        path.rename(Path(place, "vectors-0.parquet"))
+        os.truncate(f"{place}/vectors-0.parquet", 100)
+    write_work(half_torn, "0" * 64, TEXTS)
+    Path(empty).mkdir()
+    Path(plain).mkdir()
+    pq.write_table(pa.table({"content_hash": ["a"]}), f"{plain}/vectors-1.parquet")
+    found = find_work(str(tmp_path), FINGERPRINT, datetime(2026, 11, 2, tzinfo=timezone.utc))
+    assert found == (["20261101T000000Z", "20261103T000000Z", "20261104T000000Z"], [], None)
 
 
 # When work is saved.

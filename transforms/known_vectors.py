@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Protocol
 
 import apache_beam as beam
@@ -18,7 +19,16 @@ from apache_beam.pvalue import TaggedOutput
 from transforms import progress, storage
 from transforms.incremental import PREVIOUS, KnownVector, pack
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS
-from transforms.snapshots import DamagedSnapshotError, Shard, check_checksum, read_shard
+from transforms.snapshots import (
+    NAME_FORMAT,
+    DamagedSnapshotError,
+    Shard,
+    check_checksum,
+    list_work,
+    open_shard,
+    read_shard,
+    work_folder,
+)
 
 MAX_WORK_TEXTS = 16_384
 """Vectors that are saved at once at most; they take 17 MB."""
@@ -31,6 +41,10 @@ _MAX_LOST_FRACTION = 0.05
 _WORK_COLUMNS = ["content_hash", "embedding", "num_tokens", "truncated"]
 _WORK_SCHEMA = pa.schema([FIXED_COLUMNS.field(name) for name in _WORK_COLUMNS])
 _ENCODER_KEY = b"encoder"
+_RATE_KEY = b"seconds_per_token"
+
+WORK_OF_OTHERS_KEPT = timedelta(days=7)
+"""Work of another encoder is kept this long after its run began, so that a run of that encoder can take it up."""
 
 
 class _Encoded(Protocol):
@@ -48,6 +62,12 @@ class _Encoded(Protocol):
     @property
     def truncated(self) -> bool: ...
 
+    @property
+    def window_tokens(self) -> int: ...
+
+    @property
+    def encode_seconds(self) -> float: ...
+
 
 class _Work(NamedTuple):
     """A text's vector on its way into a file; an `_Encoded` itself."""
@@ -56,6 +76,8 @@ class _Work(NamedTuple):
     vector: np.ndarray
     num_tokens: int
     truncated: bool
+    window_tokens: int
+    encode_seconds: float
 
 
 class WorkSaver:
@@ -83,7 +105,7 @@ class WorkSaver:
         """Takes vectors, and saves them with those that wait if it is time to."""
         with self._lock:
             # No more of a text than is saved: its references and their fields can be large.
-            self._waiting.extend(_Work(one.content_hash, one.vector, one.num_tokens, one.truncated) for one in encoded)
+            self._waiting.extend(_Work._make(getattr(one, name) for name in _Work._fields) for one in encoded)
             now = time.monotonic()
             allowed = min(_MAX_INTERVAL_SECONDS, max(_MIN_INTERVAL_SECONDS, _MAX_LOST_FRACTION * (now - self._started)))
             if len(self._waiting) < MAX_WORK_TEXTS and now - self._saved < allowed:
@@ -103,6 +125,8 @@ def _saver_of_process(folder: str, fingerprint: str) -> WorkSaver:
 def write_work(folder: str, fingerprint: str, encoded: Sequence[_Encoded]) -> str:
     """Writes vectors as one file, whole or not at all, and returns its path."""
     flat = pa.array(np.concatenate([one.vector for one in encoded]))
+    rate = sum(one.encode_seconds for one in encoded) / max(1, sum(one.window_tokens for one in encoded))
+    metadata = {_ENCODER_KEY: fingerprint.encode(), _RATE_KEY: repr(rate).encode()}
     table = pa.Table.from_arrays(
         [
             pa.array([one.content_hash for one in encoded], pa.string()),
@@ -110,7 +134,7 @@ def write_work(folder: str, fingerprint: str, encoded: Sequence[_Encoded]) -> st
             pa.array([one.num_tokens for one in encoded], pa.int32()),
             pa.array([one.truncated for one in encoded], pa.bool_()),
         ],
-        schema=_WORK_SCHEMA.with_metadata({_ENCODER_KEY: fingerprint.encode()}),
+        schema=_WORK_SCHEMA.with_metadata(metadata),
     )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -135,6 +159,48 @@ def read_work(path: str, fingerprint: str) -> pa.Table | None:
             return parquet.read()
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         return None
+
+
+class FoundWork(NamedTuple):
+    """What runs that have not published have left in an output folder, or are at.
+
+    Attributes:
+      usable: names of the runs whose work is of this encoder, or does not say of which.
+      outdated: names of those whose work is of another one, and older than `WORK_OF_OTHERS_KEPT`.
+      seconds_per_token: that encoding took the last usable one; None where none says it.
+    """
+
+    usable: list[str]
+    outdated: list[str]
+    seconds_per_token: float | None
+
+
+def find_work(output: str, fingerprint: str, now: datetime) -> FoundWork:
+    """Finds the work of unfinished runs; of each, one file's footer is read."""
+    oldest = (now - WORK_OF_OTHERS_KEPT).strftime(NAME_FORMAT)
+    found = FoundWork([], [], None)
+    for run in list_work(output):
+        metadata = _metadata_of_work(work_folder(output, run))
+        if metadata.get(_ENCODER_KEY, fingerprint.encode()) == fingerprint.encode():
+            found.usable.append(run)
+            with suppress(KeyError, ValueError):  # It is of an earlier release, or damaged.
+                found = found._replace(seconds_per_token=float(metadata[_RATE_KEY]))
+        elif run < oldest:
+            found.outdated.append(run)
+    return found
+
+
+def _metadata_of_work(folder: str) -> dict[bytes, bytes]:
+    """Returns the metadata of a run's first file of work that is whole; nothing where there is none."""
+    for path in _work_files(folder):
+        with suppress(DamagedSnapshotError), open_shard(path) as file:
+            return file.schema_arrow.metadata or {}
+    return {}
+
+
+def _work_files(folder: str) -> list[str]:
+    names = sorted(storage.list_files(folder))
+    return [f"{folder}/{name}" for name in names if name.startswith("vectors-") and name.endswith(".parquet")]
 
 
 def _known(batch: Any, fingerprint: str, origin: str, seen: set[str]):
@@ -214,9 +280,7 @@ class _ListWork(beam.DoFn):
     """Folder of a run's work to the paths of its files."""
 
     def process(self, folder: str):
-        for name in sorted(storage.list_files(folder)):
-            if name.startswith("vectors-") and name.endswith(".parquet"):
-                yield f"{folder}/{name}"
+        yield from _work_files(folder)
 
 
 @dataclass

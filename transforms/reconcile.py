@@ -40,7 +40,7 @@ class Run:
       max_rejected_fraction: of what was read; more is not published.
       keep_snapshots: how many published snapshots stay; all where None.
       finished_work: names of runs whose work this snapshot makes useless, its own included.
-      seconds_per_token: of encoding, by the last snapshot; to tell what known vectors saved.
+      seconds_per_token: of encoding, by the last snapshot or else by saved work; to tell what known vectors saved.
       input_digest: of what the snapshot is made from; None where nobody asked for it.
     """
 
