@@ -7,7 +7,10 @@ import pytest
 from apache_beam.io.filesystem import BeamIOError, FileMetadata, MatchResult
 from apache_beam.io.gcp.gcsfilesystem import GCSFileSystem
 
+from transforms import storage
 from transforms.files import InputFile, ListedFile, list_files, match_files, open_file
+
+pytest_plugins = ["gcs_emulator"]
 
 
 @pytest.fixture
@@ -30,6 +33,12 @@ def folder(tmp_path, monkeypatch) -> Path:
         ("*/*.txt", ["sub/a.txt"]),
         ("s?b/de*/*.txt", ["sub/deep/d.txt"]),
         ("**/d.txt", ["sub/deep/d.txt"]),
+        ("**/a.txt", ["a.txt", "sub/a.txt"]),
+        ("**/*.jsonl", ["c.jsonl"]),
+        ("**/**/a.txt", ["a.txt", "sub/a.txt"]),
+        ("s*/**/*.txt", ["sub/a.txt", "sub/deep/d.txt"]),
+        ("sub/**/deep/**/d.txt", ["sub/deep/d.txt"]),
+        ("**/sub/*.txt", ["sub/a.txt"]),
         ("s*/**.txt", ["sub/a.txt", "sub/deep/d.txt"]),
         ("sub/", ["sub/a.txt"]),
         ("[ab].txt", ["a.txt", "b.txt"]),
@@ -39,8 +48,26 @@ def folder(tmp_path, monkeypatch) -> Path:
 )
 @pytest.mark.parametrize("absolute", [False, True])
 def test_globs_match(folder, pattern, expected, absolute):
-    files = match_files(f"{folder}/{pattern}" if absolute else pattern)
-    assert files == [InputFile(str(folder / name), len(name)) for name in expected]
+    pattern = f"{folder}/{pattern}" if absolute else pattern
+    assert match_files(pattern) == [InputFile(str(folder / name), len(name)) for name in expected]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("**/*.txt", ["in/a.txt", "in/ab.txt", "in/sub/a.txt", "in/sub/deep/a.txt"]),
+        ("**/**/a.txt", ["in/a.txt", "in/sub/a.txt", "in/sub/deep/a.txt"]),
+        ("in/**/a.txt", ["in/a.txt", "in/sub/a.txt", "in/sub/deep/a.txt"]),
+        ("in/**/deep/**/a.txt", ["in/sub/deep/a.txt"]),
+        ("in/sub**/a.txt", ["in/sub/a.txt", "in/sub/deep/a.txt"]),
+    ],
+)
+def test_globs_match_the_same_on_gs(gcs_bucket, pattern, expected):
+    for name in ("in/a.txt", "in/ab.txt", "in/sub/a.txt", "in/sub/deep/a.txt"):
+        storage.create_exclusively(f"{gcs_bucket}/{name}", b"x")
+    files = match_files(f"{gcs_bucket}/{pattern}")
+    assert files == [InputFile(f"{gcs_bucket}/{name}", 1) for name in expected]
+    assert match_files(f"{gcs_bucket}/{pattern}", limit=1) == files[:1]
 
 
 def test_links_to_folders_are_followed_except_across_folders(folder):

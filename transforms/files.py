@@ -20,6 +20,9 @@ CHUNK_BYTES = 1 << 20
 _PACKAGES = {"s3": ("boto3", "aws"), "azfs": ("azure.storage.blob", "azure"), "hdfs": ("hdfs", "hadoop")}
 """Storage that Beam reads with a package of its own: scheme to module and extra of `apache-beam`."""
 
+_ANY_FOLDERS = "/**/"
+"""In a glob: any folders, or none."""
+
 
 class InputFile(NamedTuple):
     """A file as it was when it was listed; what is appended to it later is not read.
@@ -53,8 +56,8 @@ def match_files(pattern: str, limit: int | None = None) -> list[InputFile]:
 def list_files(pattern: str, limit: int | None = None) -> list[ListedFile]:
     """Returns the files that a glob matches, sorted by path, with the times of their last writing.
 
-    `*` matches within a folder, `**` across folders. Local paths become absolute, so that a file has one name whatever
-    the glob and the folder of the process.
+    `*` matches within a folder, `**` across folders, and `**/` any folders or none. Local paths become absolute, so that
+    a file has one name whatever the glob and the folder of the process.
 
     Args:
       pattern: a glob or a path, local or gs://. A path that exists as it is written means that file, brackets and all.
@@ -108,6 +111,11 @@ def _list_remote(pattern: str, limit: int | None) -> Iterator[ListedFile]:
         filesystem = FileSystems.get_filesystem(pattern)
         if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
             found = [filesystem.metadata(pattern)]
+        elif _ANY_FOLDERS in pattern:
+            # Beam takes `**/` for one folder at least: it lists more, and the glob decides.
+            wider = filesystem.match([pattern.replace(_ANY_FOLDERS, "/**")], [None])[0].metadata_list
+            is_match = _regex(pattern).match
+            found = [file for file in wider if is_match(file.path)]
         else:
             found = filesystem.match([pattern], [limit])[0].metadata_list
     except BeamIOError as error:
@@ -131,13 +139,18 @@ def _list_local(pattern: str) -> Iterator[ListedFile]:
     Beam's own listing leaves out broken links and folders that may not be read, and walks through all subfolders.
     """
     root = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0])
-    is_match = re.compile(FileSystem.translate_pattern(pattern)).match
+    is_match = _regex(pattern).match
     # Through links to folders above, `**` would go round in circles.
     for folder, subfolders, names in os.walk(root, onerror=_raise_unless_missing, followlinks="**" not in pattern):
         subfolders[:] = [name for name in subfolders if _leads_on(os.path.join(folder, name), pattern)]
         for path in (os.path.join(folder, name) for name in names):
             if is_match(path):
                 yield _stat(path)
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """Returns what matches the paths that a glob means: Beam's, but for `/**/`, which also stands for a mere `/`."""
+    return re.compile(re.sub(r"(?:/\.\*)+/", "/(?:.*/)?", FileSystem.translate_pattern(pattern)))
 
 
 def _leads_on(folder: str, pattern: str) -> bool:
