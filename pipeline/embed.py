@@ -155,6 +155,7 @@ def plan(options: EmbedOptions) -> Job | None:
         options.text_field,
         options.id_field,
         options.keep_fields or (() if options.input else KEPT_FIELDS),
+        _absolute(options.output),
     )
     schema = output_schema(inputs.kept_fields, {f"encoder.{name}": str(value) for name, value in encoder.items()})
     token = latest_version(options.output)
@@ -226,7 +227,7 @@ def _digest(
         "max_rejected_fraction": options.max_rejected_fraction,
         "keep_snapshots": options.keep_snapshots,
     }
-    return input_digest(inputs.patterns, settings, started)
+    return input_digest(inputs.patterns, settings, started, inputs.output)
 
 
 def _sample(options: EmbedOptions) -> str:

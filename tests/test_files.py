@@ -144,6 +144,53 @@ def test_why_remote_files_cannot_be_listed_is_told_without_what_beam_puts_around
         match_files("gs://b/x")
 
 
+OWN = (
+    "LATEST",
+    "snapshot=20261123T180000Z/rejected-00000-of-00001.jsonl",
+    "snapshot=20261123T180000Z/.parts/a.jsonl",
+    ".work/run=20261123T180000Z/a.jsonl",
+    ".work/claims/20261123T180000Z.json",
+)
+NOT_OWN = ("a.jsonl", "LATEST.jsonl", "snapshot=2026/a.jsonl", "sub/.work/a.jsonl", "sub/LATEST")
+
+
+def test_what_runs_wrote_to_the_output_folder_is_never_listed(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    for name in (*OWN, *NOT_OWN):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("{}")
+    (tmp_path / "link").symlink_to(output)
+    inputs = sorted(f"{output}/{name}" for name in NOT_OWN)
+    monkeypatch.chdir(tmp_path)
+    for named in (str(output), f"{output}/", str(tmp_path / "link")):
+        assert [file.path for file in match_files("out/**", output=named)] == inputs
+        assert [file.path for file in match_files("out/**", limit=2, output=named)] == inputs[:2]
+        assert [file.path for file in match_files("link/*/*.jsonl", output=named)] == [
+            f"{tmp_path}/link/snapshot=2026/a.jsonl"
+        ]
+        told = rf"no file matches {output}/snapshot=2\*Z/\* but those that runs wrote to the output folder {named}, "
+        with pytest.raises(FileNotFoundError, match=told):
+            match_files("out/snapshot=2*Z/*", output=named)
+        with pytest.raises(FileNotFoundError, match="but those that runs wrote"):
+            match_files(f"out/{OWN[1]}", output=named)
+    with pytest.raises(FileNotFoundError, match=rf"no file matches {output}/none\*$"):
+        match_files("out/none*", output=str(output))
+    assert len(match_files("out/**", output=str(tmp_path / "other"))) == len(OWN) + len(NOT_OWN)
+
+
+def test_what_runs_wrote_to_the_output_folder_is_never_listed_on_gs(gcs_bucket):
+    output = f"{gcs_bucket}/out"
+    for name in (*OWN, *NOT_OWN):
+        storage.create_exclusively(f"{output}/{name}", b"{}")
+    inputs = sorted(f"{output}/{name}" for name in NOT_OWN)
+    for pattern in ("out/**", "**"):
+        assert [file.path for file in match_files(f"{gcs_bucket}/{pattern}", output=output)] == inputs
+    # The first that the storage lists is none of them.
+    assert len(match_files(f"{gcs_bucket}/**", limit=1, output=output)) == 1
+    with pytest.raises(FileNotFoundError, match=f"but those that runs wrote to the output folder {output}, "):
+        match_files(f"{output}/snapshot=2*Z/*", output=output)
+
+
 def test_the_time_of_last_writing_is_listed(folder):
     os.utime("a.txt", (1, 1_700_000_000.5))
     path = str(folder / "a.txt")

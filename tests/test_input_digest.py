@@ -27,6 +27,20 @@ def write(path: Path, texts: dict[str, str], modified_seconds: float = LONG_AGO)
     return path
 
 
+def test_a_run_never_reads_what_runs_wrote(tmp_path, tiny_checkpoint, monkeypatch):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "1", "text": "read"}\n{"id": "2"}\n')
+    os.utime(corpus, (LONG_AGO, LONG_AGO))
+    monkeypatch.chdir(tmp_path)
+    options = ["--input=**/*.json*", f"--checkpoint={tiny_checkpoint}", "--max_rejected_fraction=0.5"]
+    for count in (1, 2):
+        assert embed(*options, "--skip_unchanged", "--full", output="out") == PUBLISHED
+        assert len(list_published("out")) == count
+        assert latest("out").manifest["counts"]["read"] == 2
+    assert embed(*options, "--skip_unchanged", output="out") == PUBLISHED
+    assert len(list_published("out")) == 2
+
+
 def test_files_and_settings_decide_the_digest(tmp_path):
     write(tmp_path / "a.jsonl", {"1": "one"})
     pattern = str(tmp_path / "*.jsonl")

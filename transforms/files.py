@@ -5,12 +5,14 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import BinaryIO, NamedTuple, TypeVar
 
-from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileSystem
+from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileMetadata, FileSystem
 from apache_beam.io.filesystems import FileSystems
+
+from transforms.own_output import is_own_output
 
 T = TypeVar("T")
 
@@ -48,20 +50,21 @@ class ListedFile(NamedTuple):
     modified_seconds: float | None
 
 
-def match_files(pattern: str, limit: int | None = None) -> list[InputFile]:
+def match_files(pattern: str, limit: int | None = None, output: str | None = None) -> list[InputFile]:
     """Returns the files that a glob matches, sorted by path; see `list_files`."""
-    return [listed.file for listed in list_files(pattern, limit)]
+    return [listed.file for listed in list_files(pattern, limit, output)]
 
 
-def list_files(pattern: str, limit: int | None = None) -> list[ListedFile]:
+def list_files(pattern: str, limit: int | None = None, output: str | None = None) -> list[ListedFile]:
     """Returns the files that a glob matches, sorted by path, with the times of their last writing.
 
-    `*` matches within a folder, `**` across folders, and `**/` any folders or none. Local paths become absolute, so that
-    a file has one name whatever the glob and the folder of the process.
+    `*` matches within a folder, `**` across folders, and `**/` any folders or none. Local paths become absolute, so
+    that a file has one name whatever the glob and the folder of the process.
 
     Args:
       pattern: a glob or a path, local or gs://. A path that exists as it is written means that file, brackets and all.
       limit: list at most this many.
+      output: an output folder, absolute or gs://; what runs wrote there is left out.
 
     Raises:
       OSError: nothing matches, or what matches cannot be read: a folder, a pipe, a broken link.
@@ -71,11 +74,18 @@ def list_files(pattern: str, limit: int | None = None) -> list[ListedFile]:
     scheme = FileSystems.get_scheme(pattern)
     files: Iterable[ListedFile]
     if scheme is None:
-        files = [_stat(pattern)] if os.path.lexists(pattern) else _list_local(pattern)
+        paths = [pattern] if os.path.lexists(pattern) else _list_local(pattern)
+        files = (_stat(path) for path in paths if output is None or not is_own_output(path, output))
     else:
         _check_scheme(scheme, pattern)
-        files = _list_remote(pattern, limit)
+        files = _list_remote(pattern, limit, output)
     listed = sorted(itertools.islice(files, limit), key=lambda found: found.file.path)
+    if not listed and output is not None:
+        list_files(pattern, 1)  # Raises where there is nothing to leave out either.
+        raise FileNotFoundError(
+            f"no file matches {pattern} but those that runs wrote to the output folder {output}, which are never read "
+            "as input: name other files, or another --output"
+        )
     if not listed:
         raise FileNotFoundError(f"no file matches {pattern}")
     for file, _ in listed:
@@ -106,25 +116,31 @@ def _check_scheme(scheme: str, pattern: str) -> None:
         ) from error
 
 
-def _list_remote(pattern: str, limit: int | None) -> Iterator[ListedFile]:
-    try:
-        filesystem = FileSystems.get_filesystem(pattern)
-        if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
-            found = [filesystem.metadata(pattern)]
-        elif _ANY_FOLDERS in pattern:
-            # Beam takes `**/` for one folder at least: it lists more, and the glob decides.
-            wider = filesystem.match([pattern.replace(_ANY_FOLDERS, "/**")], [None])[0].metadata_list
-            is_match = _regex(pattern).match
-            found = [file for file in wider if is_match(file.path)]
-        else:
-            found = filesystem.match([pattern], [limit])[0].metadata_list
-    except BeamIOError as error:
-        raise OSError(f"cannot list {pattern}: {_reason(error)}") from error
-    for file in found:
+def _list_remote(pattern: str, limit: int | None, output: str | None) -> Iterator[ListedFile]:
+    found = _match_remote(pattern, limit)
+    wanted = [file for file in found if output is None or not is_own_output(file.path, output)]
+    if not wanted and len(found) == limit:  # The limit may hide the files that are not left out.
+        wanted = [file for file in _match_remote(pattern, None) if not is_own_output(file.path, str(output))]
+    for file in wanted:
         # An object whose name ends in a slash stands for a folder.
         if not file.path.endswith("/"):
             # Beam has 0 for a time that it does not know.
             yield ListedFile(InputFile(file.path, file.size_in_bytes), file.last_updated_in_seconds or None)
+
+
+def _match_remote(pattern: str, limit: int | None) -> Sequence[FileMetadata]:
+    try:
+        filesystem = FileSystems.get_filesystem(pattern)
+        if any(character in pattern for character in "*?[") and filesystem.exists(pattern):
+            return [filesystem.metadata(pattern)]
+        if _ANY_FOLDERS in pattern:
+            # Beam takes `**/` for one folder at least: it lists more, and the glob decides.
+            wider = filesystem.match([pattern.replace(_ANY_FOLDERS, "/**")], [None])[0].metadata_list
+            is_match = _regex(pattern).match
+            return [file for file in wider if is_match(file.path)]
+        return filesystem.match([pattern], [limit])[0].metadata_list
+    except BeamIOError as error:
+        raise OSError(f"cannot list {pattern}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -133,8 +149,8 @@ def _reason(error: BaseException) -> str:
     return "; ".join(map(_reason, details.values())) if details else str(error)
 
 
-def _list_local(pattern: str) -> Iterator[ListedFile]:
-    """Yields the files that an absolute glob matches.
+def _list_local(pattern: str) -> Iterator[str]:
+    """Yields the paths of the files that an absolute glob matches.
 
     Beam's own listing leaves out broken links and folders that may not be read, and walks through all subfolders.
     """
@@ -145,7 +161,7 @@ def _list_local(pattern: str) -> Iterator[ListedFile]:
         subfolders[:] = [name for name in subfolders if _leads_on(os.path.join(folder, name), pattern)]
         for path in (os.path.join(folder, name) for name in names):
             if is_match(path):
-                yield _stat(path)
+                yield path
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

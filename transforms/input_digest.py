@@ -12,13 +12,16 @@ SETTLED_SECONDS = 10.0
 same time and size. Wide enough for the clocks of two machines."""
 
 
-def input_digest(patterns: Sequence[str], settings: Mapping[str, Any], now: float) -> str | None:
+def input_digest(
+    patterns: Sequence[str], settings: Mapping[str, Any], now: float, output: str | None = None
+) -> str | None:
     """Returns a SHA-256 over the files' paths, sizes and times of last writing, and over settings.
 
     Args:
       patterns: globs, local or gs://.
       settings: all else that the rows of a snapshot depend on.
       now: seconds since the epoch, taken before the listing.
+      output: an output folder, absolute or gs://; what runs wrote there is left out.
 
     Returns:
       The digest in hex; None where a file was written too shortly before for its time to tell, or has no time.
@@ -28,7 +31,7 @@ def input_digest(patterns: Sequence[str], settings: Mapping[str, Any], now: floa
     """
     files: dict[str, tuple[int, float | None]] = {}
     for pattern in patterns:
-        for file, modified_seconds in list_files(pattern):
+        for file, modified_seconds in list_files(pattern, output=output):
             files[file.path] = file.size_bytes, modified_seconds
     if any(seconds is None or seconds > now - SETTLED_SECONDS for _, seconds in files.values()):
         return None

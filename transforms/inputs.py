@@ -57,6 +57,7 @@ class InputPlan:
       text_fields: fields of the text.
       id_field: field of the id; None where documents are named by the hash of their text.
       kept_fields: fields copied to the output, with their types.
+      output: the folder whose snapshots are no input, if there is one.
     """
 
     patterns: tuple[str, ...]
@@ -64,6 +65,7 @@ class InputPlan:
     text_fields: tuple[str, ...]
     id_field: str | None
     kept_fields: pa.Schema
+    output: str | None = None
 
 
 class _Peek(NamedTuple):
@@ -90,6 +92,7 @@ def plan_inputs(
     text_fields: Sequence[str] | None = None,
     id_field: str | None = None,
     keep_fields: Sequence[str] = (),
+    output: str | None = None,
 ) -> InputPlan:
     """Checks a job's inputs before it starts, and settles what was left open.
 
@@ -103,13 +106,14 @@ def plan_inputs(
       id_field: field of the id; None for `id` where records have it, else for the hash of the text; empty for the hash.
       keep_fields: fields to copy, each `name` or `name:type`; without a type, Parquet's schema and JSON's values tell
         it, and CSV has strings.
+      output: an output folder, absolute or gs://; what runs wrote there is left out.
 
     Raises:
       ValueError: a file's format, a field or a type does not suit; the message names it, the file and the remedy.
       OSError: a glob matches nothing, or a file cannot be read.
     """
     kept = parse_kept_fields(keep_fields)
-    files_of = _files_by_format(patterns, input_format)
+    files_of = _files_by_format(patterns, input_format, output)
     _check_no_fields_wanted(files_of, text_fields, id_field, kept)
     texts = tuple(text_fields or (DEFAULT_TEXT_FIELD,))
     peeks = [peek for format_, files in files_of.items() for peek in _peek_files(files, format_)]
@@ -121,11 +125,11 @@ def plan_inputs(
     kept_fields = pa.schema([(field.name, field.type or _type_of(field.name, peeks)) for field in kept])
     for peek in peeks:
         _check_types(peek, texts, id_, kept_fields)
-    return InputPlan(tuple(map(absolute_pattern, patterns)), input_format, texts, id_, kept_fields)
+    return InputPlan(tuple(map(absolute_pattern, patterns)), input_format, texts, id_, kept_fields, output)
 
 
-def _files_by_format(patterns: Sequence[str], input_format: str) -> dict[str, list[InputFile]]:
-    files = {file.path: file for pattern in patterns for file in match_files(pattern, _LISTED_FILES)}
+def _files_by_format(patterns: Sequence[str], input_format: str, output: str | None) -> dict[str, list[InputFile]]:
+    files = {file.path: file for pattern in patterns for file in match_files(pattern, _LISTED_FILES, output)}
     files_of: dict[str, list[InputFile]] = {}
     for path in sorted(files):
         files_of.setdefault(file_format(path, input_format), []).append(files[path])

@@ -55,6 +55,7 @@ class ReadDocuments(beam.PTransform):
       kept_fields: fields copied to `Document.fields`, with their types.
       max_document_bytes: a longer line, row, text or file is rejected.
       split_bytes: about how much of an uncompressed file is one unit of work.
+      output: an output folder, absolute or gs://; what runs wrote there is no input.
     """
 
     patterns: Sequence[str]
@@ -64,6 +65,7 @@ class ReadDocuments(beam.PTransform):
     kept_fields: pa.Schema = field(default_factory=lambda: pa.schema([]))
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     split_bytes: int = SPLIT_BYTES
+    output: str | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -81,7 +83,13 @@ class ReadDocuments(beam.PTransform):
     def from_plan(cls, plan: InputPlan, max_document_bytes: int = MAX_DOCUMENT_BYTES) -> "ReadDocuments":
         """Returns the transform that reads what was planned."""
         return cls(
-            plan.patterns, plan.input_format, plan.text_fields, plan.id_field, plan.kept_fields, max_document_bytes
+            plan.patterns,
+            plan.input_format,
+            plan.text_fields,
+            plan.id_field,
+            plan.kept_fields,
+            max_document_bytes,
+            output=plan.output,
         )
 
     def expand(self, pipeline):
@@ -97,7 +105,7 @@ class ReadDocuments(beam.PTransform):
         parts = (
             pipeline
             | "Patterns" >> beam.Create(list(self.patterns), reshuffle=False)
-            | "MatchFiles" >> beam.FlatMap(_match)
+            | "MatchFiles" >> beam.FlatMap(_match, self.output)
             # Globs may overlap; a grouping also fixes what was matched before anything depends on it.
             | "GroupByPath" >> beam.GroupByKey()
             | "OneOfEach" >> beam.MapTuple(_one_of_each)
@@ -256,8 +264,8 @@ def _by_offset(record: Document | Rejected) -> Document | Rejected:
     return record
 
 
-def _match(pattern: str) -> Iterator[tuple[str, int]]:
-    yield from match_files(pattern)
+def _match(pattern: str, output: str | None) -> Iterator[tuple[str, int]]:
+    yield from match_files(pattern, output=output)
 
 
 def _one_of_each(path: str, sizes: Iterable[int]) -> InputFile:
