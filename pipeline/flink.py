@@ -101,9 +101,7 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
         defaults["environment_config"] = WORKER_POOL
     if kind != "LOOPBACK" and setup_file is not None and options.view_as(SetupOptions).setup_file is None:
         defaults["setup_file"] = setup_file
-    elsewhere = next(
-        (place for place in (master_of(given), portable.job_endpoint) if place and not _is_here(place)), None
-    )
+    elsewhere = elsewhere_of(given)
     if elsewhere and kind == "LOOPBACK":
         raise ValueError(
             f"--environment_type LOOPBACK has the work done in this process, which {elsewhere} cannot reach: leave it "
@@ -127,6 +125,37 @@ def master_of(beam_options: Sequence[str]) -> str | None:
     """Returns HOST:PORT of the cluster that is named; None where none is, as for an embedded Flink."""
     master = _view(beam_options, FlinkRunnerOptions).flink_master.strip()
     return None if master in (LOCAL, "[auto]") else re.sub("^https?://", "", master).rstrip("/")
+
+
+def elsewhere_of(beam_options: Sequence[str]) -> str | None:
+    """Returns HOST:PORT of the cluster or job server where it is not on this machine; None where all is here."""
+    places = master_of(beam_options), _view(beam_options, PortableOptions).job_endpoint
+    return next((place for place in places if place and not _is_here(place)), None)
+
+
+def check_paths(inputs: Sequence[str], output: str | None, beam_options: Sequence[str]) -> None:
+    """Refuses defaults that are files of this machine where the work is done elsewhere.
+
+    Args:
+      inputs: globs as given.
+      output: as given; None where it was not.
+      beam_options: as given or completed.
+
+    Raises:
+      ValueError: input or output was not given, and workers of another machine would not find the default.
+    """
+    elsewhere = elsewhere_of(beam_options)
+    if elsewhere and not inputs:
+        raise ValueError(
+            f"the sample corpus is a file of this machine, which the workers of {elsewhere} do not see: write it into "
+            "a folder that they see with `./launch.sh sample --output FILE`, or copy it to gs://, and name it with "
+            "--input"
+        )
+    if elsewhere and output is None:
+        raise ValueError(
+            f"the default output is a folder of this machine, which the workers of {elsewhere} do not see: name one "
+            "that they and this machine see with --output, on gs:// or on a shared disk"
+        )
 
 
 def is_on_cluster(beam_options: Sequence[str]) -> bool:

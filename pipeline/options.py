@@ -108,7 +108,7 @@ def parse(argv: Sequence[str]) -> EmbedOptions:
         if dataflow.is_dataflow(options.runner):
             return _for_dataflow(options, output)
         options = _without_dataflow(options)
-        return _for_flink(options) if flink.is_flink(options.runner) else options
+        return _for_flink(options, output) if flink.is_flink(options.runner) else options
     except ValueError as error:
         parser.error(str(error))
 
@@ -148,8 +148,10 @@ def _for_dataflow(options: EmbedOptions, output: str | None) -> EmbedOptions:
     return replace(options, device=device, beam_options=tuple(beam_options))
 
 
-def _for_flink(options: EmbedOptions) -> EmbedOptions:
+def _for_flink(options: EmbedOptions, output: str | None) -> EmbedOptions:
+    """Returns the options with what Flink needs; `output` is the one given."""
     beam_options = flink.complete(options.beam_options, dataflow.setup_file())
+    flink.check_paths(options.input, output, beam_options)
     return replace(options, beam_options=tuple(beam_options))
 
 

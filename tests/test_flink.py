@@ -34,6 +34,7 @@ def added(*given: str) -> set[str]:
     return set(completed[len(given) + 1 :])
 
 
+ELSEWHERE = ["--flink_master=flink:8081", "--artifacts_dir=gs://b/staged"]
 ALWAYS = {
     "--sdk_worker_parallelism=1",
     "--environment_cache_millis=60000",
@@ -105,6 +106,9 @@ def test_an_installed_package_has_no_setup_file():
             "the cluster behind --job_endpoint localhost:8099 has, and without a number",
         ),
         (["--flink_master=flink:8081"], "name a folder that they and this machine see with --artifacts_dir"),
+        ([*ELSEWHERE, "--output=gs://b/out"], "the workers of flink:8081 do not see: write it into a folder"),
+        ([*ELSEWHERE, "--input=gs://b/in/*"], "the default output is a folder of this machine, which the workers of"),
+        (["--job_endpoint=flink:8099", "--parallelism=2"], "which the workers of flink:8099 do not see"),
     ],
 )
 def test_options_that_cannot_work_are_refused(given, told, capsys):
@@ -112,6 +116,11 @@ def test_options_that_cannot_work_are_refused(given, told, capsys):
         parse(["--runner=flink", *given])
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_what_workers_of_another_machine_see_or_what_stays_here_is_taken():
+    parse(["--runner=flink", *ELSEWHERE, "--input=/shared/in.jsonl", "--output=/shared/out"])
+    parse(["--runner=flink", "--flink_master=localhost:8081"])
 
 
 def test_the_job_servers_own_options_are_known():
