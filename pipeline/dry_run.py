@@ -14,6 +14,7 @@ from apache_beam.runners.dataflow.dataflow_runner import DataflowRunner
 from apache_beam.transforms.resources import AcceleratorHint, MinRamHint
 
 from pipeline import dataflow
+from pipeline.dataflow_machines import encoder_hints
 from pipeline.graph import Job, build
 from pipeline.options import EmbedOptions
 from pipeline.runners import beam_name
@@ -109,7 +110,7 @@ def _job(options: EmbedOptions) -> Job:
         previous_encoder=None,
         unfinished=[],
         beam_options=options.beam_options,
-        encoder_hints=dataflow.encoder_hints(options.gpu, options.gpu_everywhere),
+        encoder_hints=encoder_hints(options.gpu, options.gpu_everywhere),
     )
 
 

@@ -19,6 +19,7 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions
 
 from pipeline import dataflow, flink
 from pipeline.dataflow_job import upload_once, wait
+from pipeline.dataflow_machines import encoder_hints
 from pipeline.dry_run import describe_job
 from pipeline.flink_session import FlinkSession
 from pipeline.flink_setup import prepare
@@ -202,7 +203,7 @@ def plan(options: EmbedOptions) -> Job | None:
         previous_encoder=latest.fingerprint if latest and not options.full else None,
         unfinished=[] if options.full else work.usable,
         beam_options=options.beam_options,
-        encoder_hints=dataflow.encoder_hints(options.gpu, options.gpu_everywhere),
+        encoder_hints=encoder_hints(options.gpu, options.gpu_everywhere),
     )
 
 

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline import dataflow, flink
+from pipeline.dataflow_machines import device_for
 from pipeline.option_types import fraction, positive
 from pipeline.runners import runner_options
 from transforms.devices import DEVICES, DTYPES
@@ -144,7 +145,7 @@ def _for_dataflow(options: EmbedOptions, output: str | None) -> EmbedOptions:
     if options.skip_unchanged and dataflow.is_launch(beam_options):
         raise ValueError("--skip_unchanged has no place in a template's launch, which must start a job: leave it out")
     dataflow.check_paths(options.input, options.output, options.checkpoint, beam_options)
-    device = dataflow.device_for(options.device, options.gpu, beam_options)
+    device = device_for(options.device, options.gpu, beam_options)
     return replace(options, device=device, beam_options=tuple(beam_options))
 
 

@@ -4,6 +4,7 @@ import pytest
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, WorkerOptions
 
 from pipeline import dataflow
+from pipeline.dataflow_machines import accelerator, encoder_hints
 from pipeline.options import EmbedOptions, parse
 
 PLACE = ("--runner=dataflow", "--project=project-1", "--region=us-central1")
@@ -105,7 +106,7 @@ def test_no_other_runner_is_dataflow(runner):
 
 def test_a_gpu_is_for_the_encoding_step_and_used():
     options = parse([*HERE, IMAGE, "--gpu=nvidia-l4"])
-    assert dataflow.encoder_hints(options.gpu, options.gpu_everywhere) == {"accelerator": L4, "min_ram": "16GB"}
+    assert encoder_hints(options.gpu, options.gpu_everywhere) == {"accelerator": L4, "min_ram": "16GB"}
     assert options.device == "cuda"
     assert google(options).dataflow_service_options is None
 
@@ -113,7 +114,7 @@ def test_a_gpu_is_for_the_encoding_step_and_used():
 def test_a_whole_request_is_handed_on():
     spec = "type:nvidia-l4;count:1;machine_type:g2-standard-4;install-nvidia-driver"
     options = parse([*HERE, IMAGE, f"--gpu={spec}"])
-    assert dataflow.encoder_hints(options.gpu, options.gpu_everywhere)["accelerator"] == spec
+    assert encoder_hints(options.gpu, options.gpu_everywhere)["accelerator"] == spec
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,8 @@ def test_a_whole_request_is_handed_on():
 )
 def test_a_gpu_everywhere_is_a_service_option_and_a_machine(gpu, given, machine_type):
     options = parse([*HERE, IMAGE, f"--gpu={gpu}", "--gpu_everywhere", *given])
-    assert dataflow.encoder_hints(options.gpu, options.gpu_everywhere) == {}
-    spec = dataflow.accelerator(gpu).spec
+    assert encoder_hints(options.gpu, options.gpu_everywhere) == {}
+    spec = accelerator(gpu).spec
     assert google(options).dataflow_service_options == [f"worker_accelerator={spec}"]
     machines = PipelineOptions(list(options.beam_options)).view_as(WorkerOptions)
     assert machines.machine_type == machine_type
