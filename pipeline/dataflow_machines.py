@@ -85,9 +85,21 @@ def encoder_hints(gpu: str | None, gpu_everywhere: bool) -> dict[str, str]:
 
 
 def pool_accelerator(given: Sequence[str]) -> Accelerator | None:
-    """Returns the GPU that the service option asks for on all machines; None where it asks for none."""
+    """Returns the GPU that the service option asks for on all machines; None where it asks for none.
+
+    Raises:
+      ValueError: it asks for none that there is, or by the bare name, which only our own `--gpu` takes.
+    """
     requests = _worker_accelerators(given)
-    return accelerator(requests[0], "worker_accelerator") if requests else None
+    if not requests:
+        return None
+    asked = accelerator(requests[0], "worker_accelerator")
+    if requests[0] != asked.spec:
+        raise ValueError(
+            f"worker_accelerator {requests[0]!r} is a bare name, and Dataflow takes whole requests only: write "
+            f"--dataflow_service_options='worker_accelerator={asked.spec}'"
+        )
+    return asked
 
 
 def machine_for(asked: Accelerator) -> str:

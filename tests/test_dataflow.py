@@ -215,6 +215,16 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
             "did you mean nvidia-l4?",
         ),
         (
+            [*HERE, IMAGE, "--dataflow_service_options=worker_accelerator=nvidia-l4"],
+            "worker_accelerator 'nvidia-l4' is a bare name, and Dataflow takes whole requests only",
+            f"write --dataflow_service_options='worker_accelerator={L4}'",
+        ),
+        (
+            [*HERE, IMAGE, "--experiments=worker_accelerator=nvidia-l4"],
+            "worker_accelerator 'nvidia-l4' is a bare name",
+            f"write --dataflow_service_options='worker_accelerator={L4}'",
+        ),
+        (
             [
                 *HERE,
                 IMAGE,
