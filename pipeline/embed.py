@@ -36,7 +36,7 @@ from transforms.fingerprint import describe_checkpoint
 from transforms.hardware import resolve_device, resolve_dtype
 from transforms.input_digest import input_digest
 from transforms.inputs import InputPlan
-from transforms.known_vectors import find_work
+from transforms.known_vectors import find_work, flush_work
 from transforms.publish import abandon, check_not_overtaken, claim, is_running
 from transforms.read import ReadDocuments, plan_inputs
 from transforms.reconcile import REPORT_FILE, Run
@@ -51,6 +51,7 @@ from transforms.snapshots import (
     latest_version,
     list_work,
     read_latest,
+    work_folder,
 )
 
 PUBLISHED, FAILED, NOT_PUBLISHED = 0, 1, 3
@@ -101,6 +102,8 @@ def embed(options: EmbedOptions) -> int:
 def run(job: Job) -> dict[str, Any]:
     """Runs a planned job to its end; a run that fails leaves nothing behind but its saved work.
 
+    Whatever this process has encoded of it is saved then; of worker processes, what they had saved by themselves.
+
     Returns:
       The manifest; with a key `not_published`, the reasons, where it was not published.
 
@@ -120,6 +123,7 @@ def run(job: Job) -> dict[str, Any]:
             # Elsewhere it may go on without us, and still publish.
             if is_in_process(job.run.runner) or (session is not None and session.is_over()):
                 abandon(job.run.output, job.run.name)
+            flush_work(work_folder(job.run.output, job.run.name), job.fingerprint)
             has_work = job.run.name in list_work(job.run.output)
         except (SnapshotError, OSError) as another:
             raise JobError(f"{error}; then cleaning up failed too: {another}") from error

@@ -259,8 +259,6 @@ def test_whoever_interrupts_a_run_is_told_where_work_is_kept(output, options, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        for name in ("_MIN_INTERVAL_SECONDS", "_MAX_LOST_FRACTION"):
-            patch.setattr(known_vectors, name, 0.0)
         if is_late:
             patch.setattr(reconcile, "finish", interrupt)
         else:
@@ -277,14 +275,12 @@ def test_whoever_interrupts_a_run_is_told_where_work_is_kept(output, options, mo
 
 
 def fail_after_encoding(monkeypatch, *corpus, output):
-    """Runs `embed`, which saves all that it encodes, and fails when it is about to publish."""
+    """Runs `embed`, which fails when it is about to publish, and then saves all that it has encoded."""
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        for name in ("_MIN_INTERVAL_SECONDS", "_MAX_LOST_FRACTION"):
-            patch.setattr(known_vectors, name, 0.0)
         patch.setattr(reconcile, "finish", fail)
         assert embed(*corpus, output=output) == 1
 

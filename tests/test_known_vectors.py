@@ -20,7 +20,7 @@ from snapshot_helper import FINGERPRINT, NO_FIELDS, embedding, parquet_bytes, ta
 
 from transforms import known_vectors, storage
 from transforms.incremental import PREVIOUS, unpack
-from transforms.known_vectors import ReadKnownVectors, WorkSaver, find_work, read_work, write_work
+from transforms.known_vectors import ReadKnownVectors, WorkSaver, find_work, flush_work, read_work, write_work
 from transforms.schema import EMBEDDING_DIM, content_hash
 from transforms.snapshots import DamagedSnapshotError, Shard, read_shard, work_folder
 
@@ -249,6 +249,55 @@ def test_a_saver_in_another_process_starts_anew(tmp_path, clock):
     clock.seconds += 2
     copy([])
     assert saved(tmp_path) == sorted([joined(*TEXTS[:2]), joined(*TEXTS[2:])])
+
+
+def test_what_waits_is_saved_when_it_is_asked_for(tmp_path, clock):
+    saver = pickle.loads(pickle.dumps(WorkSaver(str(tmp_path), FINGERPRINT)))
+    saver(TEXTS[:2])
+    flush_work(str(tmp_path), "0" * 64)  # Of which nothing waits in this process.
+    assert saved(tmp_path) == []
+    flush_work(str(tmp_path), FINGERPRINT)
+    assert saved(tmp_path) == [joined(*TEXTS[:2])]
+    flush_work(str(tmp_path), FINGERPRINT)
+    saver(TEXTS[2:])
+    assert saved(tmp_path) == [joined(*TEXTS[:2])]
+    flush_work(str(tmp_path), FINGERPRINT)
+    assert saved(tmp_path) == sorted([joined(*TEXTS[:2]), joined(*TEXTS[2:])])
+
+
+def test_saving_what_waits_waits_for_another_thread_that_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(known_vectors, "MAX_WORK_TEXTS", 1)
+    saver = WorkSaver(str(tmp_path), FINGERPRINT)
+    is_writing, may_end = threading.Event(), threading.Event()
+
+    def write_slowly(*arguments):
+        is_writing.set()
+        assert may_end.wait(60)
+        return write_work(*arguments)
+
+    monkeypatch.setattr(known_vectors, "write_work", write_slowly)
+    threads = [threading.Thread(target=saver, args=[TEXTS]), threading.Thread(target=saver.flush)]
+    threads[0].start()
+    assert is_writing.wait(60)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert threads[1].is_alive()
+    may_end.set()
+    threads[1].join()
+    assert saved(tmp_path) == [joined(*TEXTS)]
+    threads[0].join()
+
+
+def test_a_saver_whose_disk_is_full_goes_on_saving(tmp_path, monkeypatch, clock):
+    saver = WorkSaver(str(tmp_path), FINGERPRINT)
+    saver(TEXTS[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(known_vectors, "write_work", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            saver.flush()
+    saver(TEXTS[1:])
+    saver.flush()
+    assert saved(tmp_path) == [joined(*TEXTS[1:])]
 
 
 def test_threads_lose_nothing_but_what_waits(tmp_path, monkeypatch):

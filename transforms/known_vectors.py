@@ -84,7 +84,7 @@ class WorkSaver:
     """Saves vectors while a run goes on, each batch of them as one whole file; shared by a process's threads.
 
     It writes when `MAX_WORK_TEXTS` wait, or when more of the time since its start would be lost than a crash may
-    cost. What waits when the run ends needs no saving: it is on its way into a snapshot.
+    cost. What waits when a run publishes needs no saving; what waits when it fails, `flush_work` saves.
 
     Args:
       folder: of this run's work.
@@ -94,7 +94,8 @@ class WorkSaver:
     def __init__(self, folder: str, fingerprint: str):
         self._folder = folder
         self._fingerprint = fingerprint
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # Of what waits; texts are given while others are written.
+        self._writing = threading.Lock()
         self._waiting: list[_Work] = []
         self._started = self._saved = time.monotonic()
 
@@ -110,16 +111,40 @@ class WorkSaver:
             allowed = min(_MAX_INTERVAL_SECONDS, max(_MIN_INTERVAL_SECONDS, _MAX_LOST_FRACTION * (now - self._started)))
             if len(self._waiting) < MAX_WORK_TEXTS and now - self._saved < allowed:
                 return
-            waiting, self._waiting, self._saved = self._waiting, [], now
-        if waiting:
-            write_work(self._folder, self._fingerprint, waiting)
-            progress.add("save_microseconds", round(1e6 * (time.monotonic() - now)))
+            waiting = self._take()
+        self._write(waiting)
+
+    def flush(self) -> None:
+        """Saves what waits, and waits for what other threads are saving; they may go on giving."""
+        with self._lock:
+            waiting = self._take()
+        self._write(waiting)
+
+    def _take(self) -> list[_Work]:
+        """Returns what waits, with the right to write, which `_write` gives back; to be called under the lock."""
+        self._writing.acquire()
+        waiting, self._waiting, self._saved = self._waiting, [], time.monotonic()
+        return waiting
+
+    def _write(self, waiting: Sequence[_Work]) -> None:
+        try:
+            if waiting:
+                started = time.monotonic()
+                write_work(self._folder, self._fingerprint, waiting)
+                progress.add("save_microseconds", round(1e6 * (time.monotonic() - started)))
+        finally:
+            self._writing.release()
 
 
 @functools.lru_cache(maxsize=4)
 def _saver_of_process(folder: str, fingerprint: str) -> WorkSaver:
     """Returns the one saver of this process, so that all its threads fill the same files."""
     return WorkSaver(folder, fingerprint)
+
+
+def flush_work(folder: str, fingerprint: str) -> None:
+    """Saves what waits in this process of a run's vectors; nothing where others encode for it."""
+    _saver_of_process(folder, fingerprint).flush()
 
 
 def write_work(folder: str, fingerprint: str, encoded: Sequence[_Encoded]) -> str:
