@@ -21,8 +21,7 @@ def summary(folder: str, manifest: Mapping[str, Any]) -> str:
         lines.append(f"  {'padding ratio':<22}{counts['padded_tokens'] / counts['tokens']:>14.3f}")
         lines.append(f"  {'encoder ran on':<22}{manifest['encoder']['device']:>14}, {manifest['encoder']['dtype']}")
     lines.append(f"  {'seconds':<22}{manifest['seconds']:>14,.1f}")
-    if manifest["seconds_saved"]:
-        lines.append(f"  {'seconds saved':<22}{manifest['seconds_saved']:>14,.1f}")
+    lines.append(f"  {'seconds saved':<22}{manifest['seconds_saved']:>14,.1f}")
     lines += ["", f"  in {folder}", ""]
     if published:
         lines += [
@@ -46,8 +45,13 @@ def _checkpoint_option(manifest: Mapping[str, Any]) -> str:
 
 
 def _rows(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    rows = [("records read", counts["read"]), ("embedded", counts["embedded"]), ("reused", counts["reused"])]
-    if counts["recovered"]:
-        rows.append(("  of a crashed run", counts["recovered"]))
-    rows += [("deleted", counts["deleted"]), ("truncated", counts["truncated"])]
-    return [*rows, ("tokens encoded", counts["tokens"]), ("rejected", counts["rejected"])]
+    return [
+        ("records read", counts["read"]),
+        ("embedded", counts["embedded"]),
+        ("reused", counts["reused"]),
+        ("  of a crashed run", counts["recovered"]),
+        ("deleted", counts["deleted"]),
+        ("truncated", counts["truncated"]),
+        ("tokens encoded", counts["tokens"]),
+        ("rejected", counts["rejected"]),
+    ]

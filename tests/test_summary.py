@@ -73,10 +73,13 @@ def test_a_run_that_was_not_published_says_why_and_where_its_rejected_records_ar
     assert "open it with" not in text
 
 
-def test_what_did_not_happen_is_left_out():
+def test_counts_are_shown_where_they_are_zero_and_what_did_not_happen_is_left_out():
     counts = MANIFEST["counts"] | {"recovered": 0, "rejected": 0, "tokens": 0, "padded_tokens": 0}
     empty = {"rejected_by_reason": {}, "rejected_files": [], "seconds_saved": 0.0}
     for extra in ({}, {"not_published": ["the input holds no record at all"]}):
         text = summary("output/snapshot=20261122T180000Z", MANIFEST | empty | extra | {"counts": counts})
-        for absent in ("crashed", "padding", "ran on", "saved", "rejected records"):
+        for shown in ("    of a crashed run                 0\n", "  rejected                           0\n"):
+            assert shown in text
+        assert "\n  seconds saved                    0.0\n" in text
+        for absent in ("padding", "ran on", "rejected records"):
             assert absent not in text
