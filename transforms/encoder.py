@@ -3,8 +3,9 @@
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from shutil import copyfile
+from shutil import SameFileError, copyfile
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,14 @@ from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
 from transforms.streams import Streams, streams
 from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
-from transforms.weights import check_vocabulary, load_bert, load_lstm, serialized
+from transforms.weights import (
+    WeightsState,
+    are_those_of_file,
+    check_vocabulary,
+    load_bert,
+    load_lstm,
+    serialized,
+)
 
 DEFAULT_MAX_TOKENS = 8192
 DEFAULT_WINDOW_TOKENS = 512
@@ -132,6 +140,8 @@ class BertLstmEncoder(nn.Module):
         self.bert_name = bert_name
         self._bert_file = bert_file
         self._bert_sha256: str | None = None
+        self._bert_state: WeightsState | None = WeightsState(bert)
+        self._is_rounded = False
         self._packed_bert: PackedBert | None = None
         self.eval()
 
@@ -156,9 +166,11 @@ class BertLstmEncoder(nn.Module):
         The LSTM stays in float32: over thousands of steps its state would gather the rounding of a smaller type.
         """
         self._bert_sha256 = self.bert_sha256  # Of the weights as they were loaded, before rounding.
-        self._packed_bert = None
+        self._packed_bert = self._bert_state = None  # Else they would hold the old weights.
         self.bert.to(device=device, dtype=dtype)
         self.lstm.to(device=device, dtype=torch.float32)
+        self._bert_state = WeightsState(self.bert)
+        self._is_rounded |= dtype != torch.float32
         return self
 
     # Model.
@@ -360,11 +372,22 @@ class BertLstmEncoder(nn.Module):
 
     @property
     def bert_sha256(self) -> str:
-        """SHA-256 of the BERT's `model.safetensors`, as loaded or as it would be saved."""
+        """SHA-256 of the BERT's `model.safetensors`: as loaded or, if its weights changed, as it would be saved.
+
+        Changes through `weight.data` are noticed only by `save_pretrained`, which compares the weights themselves.
+        """
+        if self._bert_state is None or not self._bert_state.is_of(self.bert):
+            self._forget_file_of_other_weights()
         if self._bert_sha256 is None:
             file = self._bert_file
             self._bert_sha256 = hashlib.sha256(serialized(self.bert)).hexdigest() if file is None else sha256_of(file)
         return self._bert_sha256
+
+    def _forget_file_of_other_weights(self) -> None:
+        """Keeps name, file and SHA-256 of the BERT only if its weights are those of the file, moved or rounded."""
+        if self._bert_file is None or not are_those_of_file(self.bert, self._bert_file):
+            self.bert_name = self._bert_file = self._bert_sha256 = None
+        self._bert_state = WeightsState(self.bert)
 
     @property
     def lstm_sha256(self) -> str:
@@ -429,12 +452,21 @@ class BertLstmEncoder(nn.Module):
         Args:
           folder: made where missing.
           include_bert: whether the BERT is saved too; where None, only if it has no name, or that of a folder on this
-            machine.
+            machine, or if its weights changed since they were loaded.
 
         Raises:
-          ValueError: the BERT is to be saved, but only its rounded weights are left.
+          ValueError: the BERT is to be saved, but only its rounded weights are left; or it is not to be saved, but
+            there is no other place to load it from.
         """
         folder = Path(folder)
+        if self._bert_file is not None and not self._is_rounded:
+            self._forget_file_of_other_weights()
+        bert_sha256 = self.bert_sha256
+        if include_bert is False and self.bert_name is None:
+            raise ValueError(
+                "the BERT has no name to load it by, or its weights changed since they were loaded: leave "
+                "include_bert=False out, so that it is saved too"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         if include_bert is None:
             include_bert = self.bert_name in (None, BERT_SUBFOLDER) or Path(str(self.bert_name)).is_dir()
@@ -443,7 +475,7 @@ class BertLstmEncoder(nn.Module):
         (folder / LSTM_FILE).write_bytes(serialized(self.lstm))
         CheckpointConfig(
             bert=BERT_SUBFOLDER if include_bert else str(self.bert_name),
-            bert_sha256=self.bert_sha256,
+            bert_sha256=bert_sha256,
             lstm_sha256=self.lstm_sha256,
             pooling=self.pooling,
             window_tokens=self.tokenizer.window_tokens,
@@ -456,7 +488,8 @@ class BertLstmEncoder(nn.Module):
         (folder / TOKENIZER_FILE).write_text(self.tokenizer.to_json(), encoding="utf-8")
         if self._bert_file is not None:
             # It may hold other tensors too, a pooler say: the same weights keep the same SHA-256.
-            copyfile(self._bert_file, folder / BERT_FILE)
+            with suppress(SameFileError):  # Where the checkpoint is saved to the folder it was loaded from.
+                copyfile(self._bert_file, folder / BERT_FILE)
         elif self.dtype == torch.float32:
             (folder / BERT_FILE).write_bytes(serialized(self.bert))
         else:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertModel
 
+from transforms.weights import WeightsState
+
 _FUSED_ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
 """Activations, by Hugging Face's names, that oneDNN computes while it writes a product, by its own names."""
 
@@ -41,9 +43,7 @@ class PackedBert:
 
     def __init__(self, bert: BertModel):
         config, embeddings = bert.config, bert.embeddings
-        self._state = _state(bert)
-        # Without these, other weights could come to lie where the old ones were, and seem to be the same.
-        self._weights = [weight.detach() for weight in bert.parameters()]
+        self._weights = WeightsState(bert)
         self._heads = config.num_attention_heads
         self._word_embeddings = embeddings.word_embeddings.weight.detach()
         self._positions = (embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]).detach()
@@ -61,11 +61,8 @@ class PackedBert:
         )
 
     def is_of(self, bert: BertModel) -> bool:
-        """Returns whether a model's weights are still those that were laid out here.
-
-        PyTorch keeps no count of changes through `weight.data`: those are not seen.
-        """
-        return self._state == _state(bert)
+        """Returns whether a model's weights are still those that were laid out here; see `WeightsState`."""
+        return self._weights.is_of(bert)
 
     @torch.inference_mode()
     def __call__(self, windows: Sequence[np.ndarray]) -> Tensor:
@@ -181,8 +178,3 @@ def _is_packable(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def _state(bert: BertModel) -> list[tuple[int, int]]:
-    """Returns where a model's weights are, and how often each was changed in place."""
-    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in bert.parameters()]

@@ -156,6 +156,40 @@ def serialized(module: nn.Module) -> bytes:
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
+def are_those_of_file(module: nn.Module, path: Path) -> bool:
+    """Returns whether a module's weights are those of a safetensors file, in the type that the module has them in."""
+    with safetensors.safe_open(path, "pt") as file:
+        names = {_name(name): name for name in file.keys()}  # noqa: SIM118 - no dict
+        return all(
+            name in names and torch.equal(file.get_tensor(names[name]).to(torch.float32).to(weight.dtype), weight.cpu())
+            for name, weight in module.state_dict().items()
+        )
+
+
+class WeightsState:
+    """Where a module's weights are, and how often each was changed in place: tells cheaply that they are others now.
+
+    Args:
+      module: as it is now.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._state = _state(module)
+        # Without these, other weights could come to lie where the old ones were, and seem to be the same.
+        self._weights = [weight.detach() for weight in module.parameters()]
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Returns whether a module's weights are still those.
+
+        PyTorch keeps no count of changes through `weight.data`: those are not seen.
+        """
+        return self._state == _state(module)
+
+
+def _state(module: nn.Module) -> list[tuple[int, int]]:
+    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in module.parameters()]
+
+
 class _WithoutInitialization(TorchFunctionMode):
     """Leaves weights as they were allocated: random numbers for all of them would take longer than reading them."""
 
