@@ -140,6 +140,16 @@ def test_a_tokenizer_with_more_tokens_than_the_bert_is_refused(tiny_encoder):
         BertLstmEncoder(tiny_encoder.bert, tokenizer)
 
 
+def test_texts_may_come_one_by_one(tiny_encoder):
+    texts = ["read the zip", "", "fast"]
+    np.testing.assert_array_equal(tiny_encoder.encode(iter(texts)), tiny_encoder.encode(texts))
+
+
+def test_a_text_that_is_no_text_is_named(tiny_encoder):
+    with pytest.raises(ValueError, match=r"^text 1 holds a lone surrogate, '\\ud800' at 5, .*: mend or leave out"):
+        tiny_encoder.encode(["read", "read \ud800 fast"])
+
+
 # Checkpoints.
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from shutil import SameFileError, copyfile
@@ -93,6 +93,8 @@ class BertLstmEncoder(nn.Module):
 
     A text's tokens go through BERT in windows; the windows' contextual token embeddings, laid end to end, go
     through one LSTM layer; its outputs are pooled and L2-normalised. So the LSTM carries context past BERT's window.
+
+    `on(device, dtype)` moves it, not `to`: that would round the LSTM too, which takes float32 alone.
 
     Args:
       bert: any Hugging Face BertModel.
@@ -244,7 +246,7 @@ class BertLstmEncoder(nn.Module):
     # Texts.
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], max_batch_tokens: int | None = None) -> np.ndarray:
+    def encode(self, texts: Iterable[str], max_batch_tokens: int | None = None) -> np.ndarray:
         """Encodes texts of any length; what lies past `max_tokens` is not seen.
 
         Args:
@@ -253,9 +255,22 @@ class BertLstmEncoder(nn.Module):
 
         Returns:
           (n, 256) float32 of unit length, in the order of the texts.
+
+        Raises:
+          TypeError: `texts` is one text.
+          ValueError: a text holds a lone surrogate, which is no character; the message says which text.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one text")
+        texts = list(texts)
+        for index, text in enumerate(texts):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"text {index} holds a lone surrogate, {text[error.start]!r} at {error.start}, which is no "
+                    "character: mend or leave out this text"
+                ) from error
         return self.encode_tokens([text.token_ids for text in self.tokenizer.tokenize(texts)], max_batch_tokens).vectors
 
     @torch.inference_mode()
