@@ -59,6 +59,9 @@ def test_unknown_types_are_none(name):
         ([1, None, 2], pa.int64()),
         ([1, 2.5], pa.float64()),
         ([2.5, 1], pa.float64()),
+        ([INT64_MAX, -INT64_MAX - 1], pa.int64()),
+        ([INT64_MAX + 1, None], pa.uint64()),
+        ([1, (1 << 64) - 1, 2], pa.uint64()),
         ([True, None], pa.bool_()),
         ([None, "a"], pa.string()),
         ([[1], [], [2.5, None]], pa.list_(pa.float64())),
@@ -74,6 +77,12 @@ def test_types_of_json_values_are_inferred(values, expected):
 @pytest.mark.parametrize("values", [[1, "a"], [True, 1], [True, 2.5], [[1], 1], [[1, "a"]], [{"a": 1}, {"a": "x"}]])
 def test_mixtures_have_no_type(values):
     with pytest.raises(ValueError, match="some values are"):
+        infer_type(values)
+
+
+@pytest.mark.parametrize("values", [[1 << 64], [-INT64_MAX - 2], [[1 << 64]], [{"a": 1 << 64}]])
+def test_integers_beyond_64_bits_have_no_type(values):
+    with pytest.raises(ValueError, match="some integers do not fit 64 bits"):
         infer_type(values)
 
 

@@ -108,6 +108,8 @@ def test_without_ids_in_the_records_the_hash_is_the_id(tmp_path):
     [
         ([1, None], INT),
         ([1, 2.5], pa.float64()),
+        ([1, 1 << 63], pa.uint64()),
+        (["a", "\ud800"], pa.string()),
         ([True], pa.bool_()),
         (["a", None], pa.string()),
         ([[1], []], pa.list_(INT)),
@@ -129,6 +131,12 @@ def test_types_of_kept_json_fields_are_inferred(tmp_path, values, type_):
         (
             [1, "a"],
             r"field 'kept' of .*a\.jsonl has no one type, some values are int64, some are string: give its type",
+        ),
+        ([1 << 64], r"field 'kept' of .*a\.jsonl has no one type, some integers do not fit 64 bits: give its type"),
+        ([1 << 63, -1], r"field 'kept' of .*a\.jsonl has no one type, -1 is not uint64, as others are: give its type"),
+        (
+            [2.5, (1 << 53) + 1],
+            r"field 'kept' of .*a\.jsonl has no one type, 9007199254740993 is not double, as others are: give its type",
         ),
     ],
 )

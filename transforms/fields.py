@@ -133,8 +133,8 @@ def column_indices(columns: Sequence[str], names: Iterable[str], source: str) ->
 def infer_type(values: Iterable[Any]) -> pa.DataType:
     """Returns the one type that holds JSON values, as `json.loads` gives them.
 
-    Integers are int64, or double where doubles are among them; objects are structs of all keys that occur. Null and
-    what only nulls tell is null; see `is_known`.
+    Integers are int64, uint64 where some are above it, or double where doubles are among them; objects are structs of
+    all keys that occur. Null and what only nulls tell is null; see `is_known`.
 
     Raises:
       ValueError: there is no such type.
@@ -147,13 +147,21 @@ def _value_type(value: Any) -> pa.DataType:
         return pa.struct([pa.field(name, _value_type(item)) for name, item in value.items()])
     if isinstance(value, list):
         return pa.list_(infer_type(value))
+    if type(value) is int:
+        return _integer_type(value)
     return _SCALAR_TYPES[type(value)]
+
+
+def _integer_type(value: int) -> pa.DataType:
+    for type_ in (pa.int64(), pa.uint64()):
+        if value in _integers(type_):
+            return type_
+    raise ValueError("some integers do not fit 64 bits")
 
 
 _SCALAR_TYPES = {
     type(None): pa.null(),
     bool: pa.bool_(),
-    int: pa.int64(),
     float: pa.float64(),
     str: pa.string(),
 }
@@ -162,11 +170,15 @@ _SCALAR_TYPES = {
 def merge_types(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     """Returns the smallest type that holds the values of both, such as double for int64 and double.
 
+    Not all values of both may fit: of int64 and uint64 it is uint64, since there are no wider integers.
+
     Raises:
       ValueError: there is none.
     """
     if one == other:
         return one
+    if {one, other} == {pa.int64(), pa.uint64()}:
+        return pa.uint64()
     try:
         schemas = [pa.schema([("", type_)]) for type_ in (one, other)]
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type

@@ -20,6 +20,7 @@ from transforms.fields import (
     column_type,
     infer_type,
     is_known,
+    json_converter,
     merge_types,
     parse_kept_fields,
     text_converter,
@@ -29,6 +30,7 @@ from transforms.formats import file_format, parse_json_object
 from transforms.lines import BYTE_ORDER_MARK, LongLine, read_lines
 from transforms.parquet_rows import CorruptParquetError, ParquetInput, check_columns
 from transforms.records import UnusableRecord
+from transforms.schema import preview
 
 DEFAULT_TEXT_FIELD = "text"
 DEFAULT_ID_FIELD = "id"
@@ -273,6 +275,18 @@ def _type_of(name: str, peeks: Sequence[_Peek]) -> pa.DataType:
                 raise ValueError(f"field {name!r} of {peek.path} has no one type, {error}: {remedy}") from error
     if not is_known(type_):
         raise ValueError(f"the first records do not tell the type of field {name!r} ({type_}): {remedy}")
+    convert = json_converter(type_)
+    for peek in peeks:
+        for record in peek.records:
+            try:
+                convert(record.get(name))
+            except UnicodeError:
+                continue  # No type would help: this record will be rejected.
+            except (ValueError, OverflowError, RecursionError, pa.ArrowException) as error:
+                value = preview(repr(record.get(name)))
+                raise ValueError(
+                    f"field {name!r} of {peek.path} has no one type, {value} is not {type_}, as others are: {remedy}"
+                ) from error
     return type_
 
 
