@@ -16,6 +16,9 @@ from apache_beam.options.pipeline_options import (
 ONE_PROCESS = "no_use_multiple_sdk_containers"
 """Experiment: one Python process per worker, whose threads share its model; Dataflow's default is one per core."""
 
+_PROCESS_PER_CORE = "use_multiple_sdk_containers"
+_NO_RUNNER_V2 = "no_use_runner_v2"
+
 ENCODER_MIN_RAM = "16GB"
 """Memory of a machine that encodes: the smallest with an L4 has 16 GiB."""
 
@@ -158,6 +161,7 @@ def check_machines(given: Sequence[str], asked: Accelerator | None, gpu_everywhe
         )
     if prime and (machine_type or (asked and asked.machine_type)):
         raise ValueError("Dataflow Prime chooses the machines itself: leave machine_type out, or enable_prime")
+    _check_processes(service, asked or on_all, _uses_mps(given, asked))
     if _uses_mps(given, asked):
         _check_mps(given, prime)
     if asked is None:
@@ -185,7 +189,7 @@ def check_machines(given: Sequence[str], asked: Accelerator | None, gpu_everywhe
 def process_options(given: Sequence[str], asked: Accelerator | None) -> list[str]:
     """Returns the experiment of one process per machine, unless the options decide for several."""
     service = _service_options(given)
-    if ONE_PROCESS in service or "use_multiple_sdk_containers" in service or _uses_mps(given, asked):
+    if ONE_PROCESS in service or _PROCESS_PER_CORE in service or _uses_mps(given, asked):
         return []
     return [f"--experiments={ONE_PROCESS}"]
 
@@ -223,6 +227,27 @@ def _service_options(beam_options: Sequence[str]) -> list[str]:
 def _worker_accelerators(beam_options: Sequence[str]) -> list[str]:
     found = (option.partition("=") for option in _service_options(beam_options))
     return [value for name, _, value in found if name == "worker_accelerator"]
+
+
+def _check_processes(service: Sequence[str], gpu: Accelerator | None, uses_mps: bool) -> None:
+    if ONE_PROCESS in service and _PROCESS_PER_CORE in service:
+        raise ValueError(
+            f"the experiments {ONE_PROCESS} and {_PROCESS_PER_CORE} contradict each other: leave one of them out; "
+            "without both, each machine runs one process"
+        )
+    if gpu is None:
+        return
+    if _PROCESS_PER_CORE in service and not uses_mps:
+        raise ValueError(
+            f"the experiment {_PROCESS_PER_CORE} starts a process for each core, and all would load a model of their "
+            "own onto the one GPU: leave it out, and the threads of one process share the model, or have them share "
+            f"the GPU by MPS, with ';{_MPS}' at the end of the request: '{gpu.spec};{_MPS}'"
+        )
+    if _NO_RUNNER_V2 in service:
+        raise ValueError(
+            f"Dataflow has GPUs for Runner v2 only, and the experiment {_NO_RUNNER_V2} asks for the runner before it: "
+            "leave it out"
+        )
 
 
 def _check_mps(given: Sequence[str], prime: bool) -> None:

@@ -148,6 +148,12 @@ def test_mps_gets_the_processes_it_is_for():
         assert not [option for option in options.beam_options if "no_use_multiple_sdk_containers" in option]
 
 
+def test_a_process_for_each_core_is_taken_where_they_share_the_gpu_or_there_is_none():
+    for argv in ([IMAGE, f"--gpu={L4};use_nvidia_mps"], []):
+        options = parse([*HERE, *argv, "--experiments=use_multiple_sdk_containers"])
+        assert not [option for option in options.beam_options if "no_use_multiple_sdk_containers" in option]
+
+
 def test_a_gpu_by_the_service_option_alone_is_taken():
     options = parse([*HERE, IMAGE, f"--dataflow_service_options=worker_accelerator={L4}", "--device=cuda"])
     assert options.device == "cuda"
@@ -179,6 +185,8 @@ EVERYWHERE = (*GPU, "--gpu_everywhere")
 PRIME = "--dataflow_service_options=enable_prime"
 ON_ALL = f"--dataflow_service_options=worker_accelerator={L4}"
 ONE_PROCESS = "--experiments=no_use_multiple_sdk_containers"
+PER_CORE = "--experiments=use_multiple_sdk_containers"
+NO_RUNNER_V2 = "--experiments=no_use_runner_v2"
 MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
 
 
@@ -207,6 +215,21 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
         ([*HERE, IMAGE, ON_ALL, f"--resource_hint=accelerator={L4}"], "for every step", "leave the hint out"),
         ([*HERE, IMAGE, MPS, ONE_PROCESS], "use_nvidia_mps shares a GPU among several", "leave one of them out"),
         ([*HERE, IMAGE, f"--gpu={L4};use_nvidia_mps", ONE_PROCESS], "starts only one", "leave one of them out"),
+        (
+            [*HERE, PER_CORE, ONE_PROCESS],
+            "no_use_multiple_sdk_containers and use_multiple_sdk",
+            "leave one of them out",
+        ),
+        (
+            [*HERE, IMAGE, MPS, "--experiments=use_multiple_sdk_containers,no_use_multiple_sdk_containers"],
+            "no_use_multiple_sdk_containers and use_multiple_sdk_containers contradict each other",
+            "leave one of them out",
+        ),
+        ([*GPU, PER_CORE], "all would load a model of their own onto the one GPU", f"'{L4};use_nvidia_mps'"),
+        ([*EVERYWHERE, PER_CORE], "a process for each core", "leave it out"),
+        ([*HERE, IMAGE, ON_ALL, PER_CORE], "a process for each core", "leave it out"),
+        ([*GPU, NO_RUNNER_V2], "GPUs for Runner v2 only", "no_use_runner_v2 asks for the runner before it: leave"),
+        ([*HERE, IMAGE, ON_ALL, NO_RUNNER_V2], "GPUs for Runner v2 only", "leave it out"),
         ([*HERE, IMAGE, f"--gpu={L4};use_nvidia_mps", PRIME], "Prime does not know use_nvidia_mps", "leave it out"),
         ([*HERE, IMAGE, MPS, PRIME], "no machines that all have a GPU", "leave enable_prime out"),
         (
