@@ -110,26 +110,32 @@ def check_paths(inputs: Sequence[str], output: str, checkpoint: str, beam_option
       beam_options: as `complete` returned them.
 
     Raises:
-      ValueError: a path is of this machine; the message holds the remedy.
+      ValueError: a path is of this machine, or output or checkpoint of another storage than gs://; the message holds
+        the remedy.
     """
     folder = upload_folder(beam_options)
     for path in inputs:
-        if not path.startswith("gs://"):
+        if _is_local(path):  # Beam reads from elsewhere too, with its extra for the scheme.
             raise ValueError(
                 f"--input {path!r} is on this machine, where Dataflow's workers cannot read it: copy it to gs:// "
                 f"(gcloud storage cp -r {path} {folder}/input/) and name it there"
             )
     if not output.startswith("gs://"):
-        raise ValueError(
-            f"--output {output!r} is on this machine, where Dataflow's workers cannot write: name a folder on gs://, "
-            "or leave it out and give --bucket"
-        )
+        place = "on this machine, where Dataflow's workers cannot write" if _is_local(output) else "not on gs://"
+        raise ValueError(f"--output {output!r} is {place}: name a folder on gs://, or leave it out and give --bucket")
     # Whoever launches a template runs in the workers' own image: what is there for it is there for them.
-    if not checkpoint.startswith("gs://") and not is_shipped(checkpoint) and not is_launch(beam_options):
-        raise ValueError(
-            f"--checkpoint {checkpoint!r} is on this machine, where Dataflow's workers cannot read it: copy it to "
-            f"gs:// (gcloud storage cp -r {checkpoint} {folder}/checkpoints/) and name it there"
-        )
+    if not checkpoint.startswith("gs://") and not is_shipped(checkpoint):
+        if not _is_local(checkpoint):
+            raise ValueError(f"--checkpoint {checkpoint!r} is not on gs://: copy it there and name it there")
+        if not is_launch(beam_options):
+            raise ValueError(
+                f"--checkpoint {checkpoint!r} is on this machine, where Dataflow's workers cannot read it: copy it to "
+                f"gs:// (gcloud storage cp -r {checkpoint} {folder}/checkpoints/) and name it there"
+            )
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path or path.startswith("file://")
 
 
 def _check_required(google: GoogleCloudOptions, bucket: str | None) -> None:

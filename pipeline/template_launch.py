@@ -51,9 +51,15 @@ def launch_request(
       job_name: Dataflow runs no two jobs of one name at once.
 
     Raises:
-      ValueError: an option cannot be told to a template, or names a checkpoint that its job would not find.
+      ValueError: an option cannot be told to a template, or names a checkpoint or an input that its job would not find.
     """
     _check_checkpoint(str(given.get("checkpoint", options.checkpoint)))  # As it is sent.
+    for path in options.input:
+        if not path.startswith("gs://"):
+            raise ValueError(
+                f"--input {path!r} is not on gs://, from which alone the template reads: copy it there, or have "
+                "launch.sh submit the job"
+            )
     parameters: dict[str, str] = {"output": options.output}
     environment: dict[str, Any] = {}
     for name, value in given.items():

@@ -286,6 +286,9 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
             "--input 'corpus/*.txt' is on this",
             "gcloud storage",
         ),
+        ([*HERE, "--input=file:///a.txt"], "--input 'file:///a.txt' is on this machine", "gcloud storage"),
+        ([*HERE, "--output=s3://b/o"], "--output 's3://b/o' is not on gs://: name a folder on gs://", "give --bucket"),
+        ([*HERE, "--checkpoint=s3://b/c"], "--checkpoint 's3://b/c' is not on gs://", "copy it there"),
         ([*HERE, "--output=output"], "--output 'output' is on this machine", "give --bucket"),
         (
             [*PLACE, "--temp_location=gs://t/t"],
@@ -299,6 +302,11 @@ def test_what_contradicts_itself_is_refused_with_the_remedy(capsys, argv, messag
     said = refusal(capsys, *argv)
     assert message in said
     assert remedy in said
+
+
+@pytest.mark.parametrize("path", ["s3://b/a.txt", "azfs://account/container/a.txt", "hdfs://host/a.txt"])
+def test_inputs_of_other_storage_are_left_to_beam(path):
+    assert parse([*HERE, f"--input={path}"]).input == (path,)
 
 
 def test_a_gpu_asked_for_in_dataflows_own_words_gets_its_machine_and_is_used():

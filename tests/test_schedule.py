@@ -173,6 +173,7 @@ def test_the_words_are_those_of_the_runners():
             "--dataflow_endpoint cannot be told to a template",
         ),
         (["--format=airflow", TEMPLATE[0], *CLOUD, "--device=cpu"], "--device cannot be told to a template"),
+        (["--format=airflow", TEMPLATE[0], *CLOUD, "--input=s3://b/a.txt"], "from which alone the template reads"),
         (["--format=airflow", TEMPLATE[0], *CLOUD, "--text_field=a,b"], "--text_field 'a,b' has a comma in it"),
         (["--format=airflow", TEMPLATE[0], "local", "--output=gs://b/o"], "take the word dataflow"),
         (["--format=airflow", TEMPLATE[0], *CLOUD, "--checkpoint=mine"], "--checkpoint 'mine' is a folder of this"),
