@@ -73,7 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cpus", type=_quantity, metavar="CORES", help="default 4; 1 for what is computed elsewhere"
     )
     kubernetes.add_argument("--memory", type=_quantity, help="default 16Gi; 4Gi for what is computed elsewhere")
-    kubernetes.add_argument("--gpus", type=int, choices=(0, 1), default=0, help="NVIDIA GPUs; default 0")
+    kubernetes.add_argument(
+        "--gpus",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="NVIDIA GPUs, with which the job gets --device=cuda; default 0",
+    )
     kubernetes.add_argument(
         "--volume",
         type=_volume,
@@ -266,7 +272,9 @@ def _cron_job(arguments: argparse.Namespace, options: EmbedOptions) -> str:
         namespace=arguments.namespace,
         service_account=arguments.kubernetes_service_account,
     )
-    return entries.cron_job(_schedule(arguments), [arguments.word, *arguments.options], pod)
+    # By default a pod without a driver would embed on its CPU, in silence, and keep the GPU from others.
+    device = ["--device=cuda"] if arguments.gpus and "device" not in _given(arguments) else []
+    return entries.cron_job(_schedule(arguments), [arguments.word, *device, *arguments.options], pod)
 
 
 _FORMATS: dict[str, Callable[[argparse.Namespace, EmbedOptions], str]] = {

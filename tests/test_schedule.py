@@ -749,7 +749,7 @@ def test_a_cron_job_runs_the_very_options_in_a_pod(capsys):
     [container] = pod["containers"]
     assert container["image"] == "registry.example/embed:1"
     assert container["command"] == ["python", "-m", "pipeline"]
-    assert [expanded(argument) for argument in container["args"]] == ["local", *options]
+    assert [expanded(argument) for argument in container["args"]] == ["local", "--device=cuda", *options]
     assert container["resources"] == {
         "requests": {"cpu": "8", "memory": "32Gi"},
         "limits": {"memory": "32Gi", "nvidia.com/gpu": 1},
@@ -757,6 +757,21 @@ def test_a_cron_job_runs_the_very_options_in_a_pod(capsys):
     [mount], [volume] = container["volumeMounts"], pod["volumes"]
     assert mount == {"name": volume["name"], "mountPath": "/data"}
     assert volume["persistentVolumeClaim"] == {"claimName": "vectors"}
+
+
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [
+        (["--gpus=1", "local"], ["--device=cuda"]),
+        (["--gpus=1", "local", "--device", "auto"], ["--device", "auto"]),
+        (["local"], []),
+    ],
+)
+def test_a_pod_with_a_gpu_does_not_embed_on_its_cpu_unless_told(options, device, capsys):
+    given = ["--input=gs://a/b", "--output=gs://b/o"]
+    manifest = yaml.safe_load(printed(capsys, "--format=kubernetes", "--image=i", *options, *given))
+    [container] = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["local", *device, *given]
 
 
 def test_what_computes_elsewhere_asks_for_a_small_pod(capsys):
