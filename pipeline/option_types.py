@@ -1,6 +1,21 @@
-"""Types of option values for argparse: numbers within bounds."""
+"""Types of option values for argparse: numbers within bounds, and folders; and wrong usage that it cannot tell."""
 
 import argparse
+
+from transforms import storage
+
+
+class UsageError(ValueError):
+    """Options that make no sense, whatever the data; the command ends with status 2."""
+
+
+def not_negative(text: str) -> int:
+    """Returns a whole number of at least 0.
+
+    Raises:
+      argparse.ArgumentTypeError: the text is none.
+    """
+    return _at_least(0, text)
 
 
 def positive(text: str) -> int:
@@ -44,3 +59,16 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
+
+
+def output_folder(text: str) -> str:
+    """Returns a folder that can hold snapshots, local or gs://.
+
+    Raises:
+      argparse.ArgumentTypeError: the text is none.
+    """
+    try:
+        storage.check_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text

@@ -12,9 +12,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from pipeline import dataflow, flink
 from pipeline.dataflow_machines import device_for
-from pipeline.option_types import fraction, positive
+from pipeline.option_types import fraction, output_folder, positive
 from pipeline.runners import runner_options
 from transforms.devices import DEVICES, DTYPES
+from transforms.fields import TYPE_EXAMPLES, parse_kept_fields
 from transforms.read import INPUT_FORMATS, MAX_DOCUMENT_BYTES
 from transforms.write import COMPRESSIONS, ROWS_PER_SHARD
 
@@ -100,12 +101,13 @@ def parse(argv: Sequence[str]) -> EmbedOptions:
     del values["help_beam"]
     values["input"] = tuple(arguments.input)
     values["text_field"] = tuple(arguments.text_field) if arguments.text_field else None
-    values["keep_fields"] = (arguments.keep_fields,) if arguments.keep_fields else ()
+    values["keep_fields"] = tuple(filter(None, arguments.keep_fields))
     if arguments.rows_per_shard is None:
         values["rows_per_shard"] = flink.ROWS_PER_SHARD if flink.is_flink(arguments.runner) else ROWS_PER_SHARD
     output = values.pop("output")
     options = EmbedOptions(**values, output="output" if output is None else output, beam_options=tuple(beam_options))
     try:
+        parse_kept_fields(options.keep_fields)
         if dataflow.is_dataflow(options.runner):
             return _for_dataflow(options, output)
         options = _without_dataflow(options)
@@ -251,10 +253,11 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--keep_fields",
-        default="",
+        action="append",
+        default=[],
         metavar="A,B:TYPE",
-        help="fields copied to the output with their types; a type after a colon (int64, double, string, ...) "
-        "overrides the one found; default none",
+        help="fields copied to the output with their types; a type after a colon overrides the one found: "
+        f"{TYPE_EXAMPLES}, ...; repeatable; default none",
     )
     group.add_argument(
         "--max_document_bytes",
@@ -267,7 +270,10 @@ def _add_input_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--output", metavar="DIR", help="local or gs:// folder; default output; with --bucket, gs://BUCKET/output"
+        "--output",
+        type=output_folder,
+        metavar="DIR",
+        help="local or gs:// folder; default output; with --bucket, gs://BUCKET/output",
     )
     group.add_argument(
         "--rows_per_shard",

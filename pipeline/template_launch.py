@@ -105,7 +105,10 @@ def _parameter(name: str, value: str | bool | list[str], parsed: object) -> dict
     if isinstance(parsed, int | float):
         return {name: str(parsed)}  # As Python writes numbers: 0.05 and 1000, where .05 and 1_000 were given.
     if isinstance(value, str):
-        return {name: value} if value or name != "keep_fields" else {}
+        return {name: value}
+    if name == "keep_fields":  # Commas part its own values too.
+        fields = ",".join(filter(None, value))
+        return {name: fields} if fields else {}
     for part in value:
         if "," in part:
             raise ValueError(f"--{name} {part!r} has a comma in it, which parts the values of a template's parameter")

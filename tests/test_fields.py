@@ -32,6 +32,9 @@ INT64_MAX = (1 << 63) - 1
         (["tags:list<string>"], [("tags", pa.list_(pa.string()))]),
         (["at:timestamp[us, tz=UTC],label"], [("at", pa.timestamp("us", "UTC")), ("label", None)]),
         (["at:timestamp[us", " tz=UTC]"], [("at", pa.timestamp("us", "UTC"))]),
+        (["price:decimal128(5,2),label"], [("price", pa.decimal128(5, 2)), ("label", None)]),
+        (["a(b),price:decimal256(50, 2)"], [("a(b)", None), ("price", pa.decimal256(50, 2))]),
+        (["all:list<decimal128(5,2)>"], [("all", pa.list_(pa.decimal128(5, 2)))]),
         (["dc:title"], [("dc:title", None)]),
         (["dc:date:date32"], [("dc:date", pa.date32())]),
     ],
@@ -48,7 +51,9 @@ def test_kept_fields_that_make_no_sense_are_errors(specs, message):
         parse_kept_fields(specs)
 
 
-@pytest.mark.parametrize("name", ["int46", "", "list<>", "list<int46>", "timestamp[us, zone=UTC]"])
+@pytest.mark.parametrize(
+    "name", ["int46", "", "list<>", "list<int46>", "timestamp[us, zone=UTC]", "decimal128(99,2)", "decimal128"]
+)
 def test_unknown_types_are_none(name):
     assert parse_type(name) is None
 
@@ -109,6 +114,9 @@ def test_types_of_files_are_merged():
         (pa.float64(), 2.5, 2.5),
         (pa.float64(), 2, 2.0),
         (pa.float64(), 1 << 53, float(1 << 53)),
+        (pa.float64(), 1e300, 1e300),
+        (pa.float32(), math.inf, math.inf),
+        (pa.float16(), 65504, 65504.0),
         (pa.bool_(), True, True),
         (pa.string(), "ü", "ü"),
         (pa.string(), 5, "5"),
@@ -147,6 +155,10 @@ def test_json_values_are_made_to_fit(type_, value, expected):
         (pa.float64(), False),
         (pa.float64(), (1 << 53) + 1),
         (pa.float64(), 10**400),
+        (pa.float32(), 1e300),
+        (pa.float32(), -3.4028236e38),
+        (pa.float16(), 70_000),
+        (pa.list_(pa.float32()), [1.0, 1e300]),
         (pa.bool_(), 1),
         (pa.bool_(), "true"),
         (pa.string(), "\ud800"),
@@ -196,6 +208,8 @@ def test_a_value_always_fits_the_type_inferred_from_it(value):
         (pa.int64(), str(INT64_MAX), INT64_MAX),
         (pa.float64(), "2.5e3", 2500.0),
         (pa.float64(), "", None),
+        (pa.float32(), "-inf", -math.inf),
+        (pa.float64(), "Infinity", math.inf),
         (pa.bool_(), "true", True),
         (pa.bool_(), "False", False),
         (pa.date32(), "1970-01-03", 2),
@@ -217,6 +231,8 @@ def test_cells_are_made_to_fit(type_, cell, expected):
         (pa.int64(), "9" * 5000),
         (pa.uint8(), "-1"),
         (pa.float64(), "1,5"),
+        (pa.float64(), "1e400"),
+        (pa.float32(), "-1e300"),
         (pa.bool_(), "yes"),
         (pa.date32(), "03.01.1970"),
     ],
@@ -224,6 +240,16 @@ def test_cells_are_made_to_fit(type_, cell, expected):
 def test_cells_that_do_not_fit_are_errors(type_, cell):
     with pytest.raises((ValueError, pa.ArrowException)):
         text_converter(type_)(cell)
+
+
+@given(st.floats(allow_nan=False) | st.floats(3.4028e38, 3.4029e38))
+def test_a_double_fits_a_float_unless_it_becomes_infinite(value):
+    becomes_infinite = math.isinf(pa.array([value]).cast(pa.float32())[0].as_py())
+    if becomes_infinite and math.isfinite(value):
+        with pytest.raises((ValueError, OverflowError)):
+            json_converter(pa.float32())(value)
+    else:
+        assert json_converter(pa.float32())(value) == value
 
 
 def test_cells_cannot_be_lists():

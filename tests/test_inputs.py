@@ -213,6 +213,7 @@ def write_csv(path: Path, text: str) -> Path:
         ({"text_fields": ["body"], "keep_fields": ["year"]}, "year"),
         ({"text_fields": ["body"], "keep_fields": ["year:int64"]}, "year"),
         ({"text_fields": ["body"], "keep_fields": ["year:int46"]}, "year:int46"),
+        ({"text_fields": ["body"], "keep_fields": ["year:decimal"]}, "year:decimal"),
     ],
 )
 def test_fields_that_are_not_there_are_errors_that_name_what_is(tmp_path, arguments, name):
@@ -225,6 +226,14 @@ def test_fields_that_are_not_there_are_errors_that_name_what_is(tmp_path, argume
     parquet = write_parquet(tmp_path / "a.parquet", id=["1"], body=["b"])
     with pytest.raises(ValueError, match=rf"a\.parquet has no column '{name}'; it has 'id', 'body'"):
         plan(parquet, **arguments)
+
+
+def test_a_type_that_there_is_not_is_told_with_those_that_there_are(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "t", "price": "1.25"})
+    told = r"no field 'price:decimal128' in .*, and types after a colon such as string, int64, .*decimal128\(10,2\), "
+    with pytest.raises(ValueError, match=told):
+        plan(path, keep_fields=["price:decimal128"])
+    assert fields_of(plan(path, keep_fields=["price:decimal128(5,2)"])) == {"price": pa.decimal128(5, 2)}
 
 
 def test_a_json_field_may_be_in_some_records_and_a_column_must_be_in_all_files(tmp_path):

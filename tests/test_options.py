@@ -181,6 +181,23 @@ def test_an_input_may_be_several_paths_as_the_shell_makes_them_of_a_glob():
     assert parsed.beam_options[-2:] == ("--flink_master", "host:8081")
 
 
+def test_fields_to_keep_add_up():
+    assert parse(["--keep_fields=a,b:int64", "--keep_fields=", "--keep_fields", "c"]).keep_fields == ("a,b:int64", "c")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--keep_fields=f,,i"], "--keep_fields has an empty name: 'f,,i'"),
+        (["--keep_fields=f", "--keep_fields=f:int64"], "--keep_fields names 'f' twice"),
+        (["--output="], "argument --output: '' is neither a folder of this machine nor gs://bucket/folder: "),
+        (["--output=s3://bucket/out"], "argument --output: 's3://bucket/out' is neither a folder of this machine nor "),
+    ],
+)
+def test_values_that_no_input_could_suit_are_wrong_usage(capsys, argv, message):
+    assert message in refusal(capsys, *argv)
+
+
 @pytest.mark.parametrize("option", ["--out=x", "--in=x", "--rows=5", "--direct_num=2", "--flink_m=x", "--help_b"])
 def test_abbreviations_are_refused(capsys, option):
     assert refusal(capsys, option).startswith(f"unknown option {option}")

@@ -222,6 +222,16 @@ def test_values_that_do_not_fit_the_type_kept_cost_their_row():
     assert records[1].detail == "field 'kept': 2.5 is not int64"
 
 
+def test_numbers_that_would_become_infinite_cost_their_row():
+    kept = pa.array([1e300, float("inf"), None, 1.5])
+    records = read(
+        written(pa.table({"id": list("abcd"), "text": list("wxyz"), "kept": kept})), pa.schema([("kept", pa.float32())])
+    )
+    assert [record.fields["kept"] for record in records if isinstance(record, Document)] == [float("inf"), None, 1.5]
+    assert isinstance(records[0], Rejected)
+    assert (records[0].reason, records[0].detail) == ("wrong_type", "field 'kept': 1e+300 is not float")
+
+
 def test_values_that_python_has_no_object_for_can_be_shown():
     table = pa.table({"id": ["a"], "text": ["t"], "kept": pa.array([1 << 62], pa.timestamp("us"))})
     (rejected,) = read(written(table), pa.schema([("kept", pa.timestamp("ns"))]))

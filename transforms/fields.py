@@ -2,19 +2,26 @@
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-_COMMA = re.compile(r",(?![^\[]*\])")
-"""A comma that is not inside the brackets of a type."""
+_COMMA = re.compile(r",(?![^\[]*\])(?![^(]*\))")
+"""A comma that is not inside the brackets or parentheses of a type."""
+
+TYPE_EXAMPLES = "string, int64, double, bool, date32, timestamp[us], decimal128(10,2), list<string>"
+"""Types that a field can be kept with, for messages."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 _EXACT_DOUBLE = 1 << 53
 """Integers up to this size are doubles without loss."""
+
+_INFINITE_FROM = {16: 65520.0, 32: float.fromhex("0x1.ffffffp+127"), 64: math.inf}
+"""Finite doubles that are rounded to infinity, by the bits of the type: from this one on."""
 
 
 Converter = Callable[[Any], Any]
@@ -38,7 +45,7 @@ def parse_kept_fields(specs: Sequence[str]) -> list[KeptField]:
 
     Args:
       specs: each `name` or `name:type`; several in one string are parted by commas. A type is an Arrow name
-        (`int64`, `timestamp[us]`) or `list<...>` of one.
+        (`int64`, `timestamp[us]`, `decimal128(10,2)`) or `list<...>` of one.
 
     Raises:
       ValueError: a name is empty or there twice.
@@ -67,6 +74,9 @@ def parse_type(name: str) -> pa.DataType | None:
     if match := re.fullmatch(r"timestamp\[(s|ms|us|ns), *tz=(.+)\]", name):
         return pa.timestamp(match[1], tz=match[2])
     try:
+        if match := re.fullmatch(r"decimal(128|256)\((\d+) *, *(\d+)\)", name):
+            decimal = pa.decimal128 if match[1] == "128" else pa.decimal256
+            return decimal(int(match[2]), int(match[3]))
         return pa.type_for_alias(name)
     except ValueError:
         return None
@@ -209,7 +219,7 @@ def json_converter(type_: pa.DataType) -> Converter:
         integers = _integers(type_)
         return lambda value: _json_integer(value, integers)
     if pa.types.is_floating(type_):
-        return _json_double
+        return functools.partial(_json_double, infinite_from=_INFINITE_FROM[type_.bit_width])
     if pa.types.is_list(type_) or pa.types.is_large_list(type_):
         return functools.partial(_json_list, convert_item=json_converter(type_.value_type))
     if pa.types.is_struct(type_):
@@ -242,12 +252,14 @@ def _json_integer(value: Any, integers: range) -> int | None:
     raise ValueError
 
 
-def _json_double(value: Any) -> float | None:
-    if value is None or type(value) is float:
-        return value
+def _json_double(value: Any, infinite_from: float) -> float | None:
+    if value is None:
+        return None
     if type(value) is int and abs(value) <= _EXACT_DOUBLE:
-        return float(value)
-    raise ValueError
+        value = float(value)
+    if type(value) is not float or infinite_from <= abs(value) < math.inf:
+        raise ValueError
+    return value
 
 
 def _json_list(value: Any, convert_item: Converter) -> list[Any] | None:
@@ -282,7 +294,17 @@ def text_converter(type_: pa.DataType) -> Converter:
         pa.array([], pa.string()).cast(type_)
     except pa.ArrowNotImplementedError:
         raise ValueError(f"a CSV cell cannot be {type_}") from None
+    if pa.types.is_floating(type_):
+        return lambda cell: _text_double(cell.strip(), type_)
     return lambda cell: _arrow_value(cell.strip() or None, type_)
+
+
+def _text_double(cell: str, type_: pa.DataType) -> float | None:
+    value = _arrow_value(cell or None, type_)
+    # Arrow gives infinity for numbers that are too large, too; they are not spelled with letters of "inf".
+    if value is not None and math.isinf(value) and "n" not in cell.lower():
+        raise ValueError
+    return value
 
 
 def _text_integer(cell: str, integers: range) -> int | None:

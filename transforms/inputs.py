@@ -15,6 +15,7 @@ import pyarrow as pa
 from transforms.csv_rows import delimiter_of, read_rows
 from transforms.decompress import CorruptStreamError, TruncatedStreamError, decompress, split_codec
 from transforms.fields import (
+    TYPE_EXAMPLES,
     KeptField,
     column_indices,
     column_type,
@@ -123,7 +124,10 @@ def plan_inputs(
         _check_present(peeks, name, "name the text's field with --text_field")
     id_ = _resolve_id_field(peeks, id_field)
     for field in kept:
-        _check_present(peeks, field.name, "--keep_fields takes fields that there are")
+        remedy = "--keep_fields takes fields that there are"
+        if ":" in field.name:
+            remedy += f", and types after a colon such as {TYPE_EXAMPLES}"
+        _check_present(peeks, field.name, remedy)
     kept_fields = pa.schema([(field.name, field.type or _type_of(field.name, peeks)) for field in kept])
     for peek in peeks:
         _check_types(peek, texts, id_, kept_fields)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from transforms.fields import Converter, column_indices, column_type, storage_type
@@ -235,7 +236,13 @@ def _kept_value(single: pa.Array, type_: pa.DataType) -> Any:
 
 
 def _cast_values(column: pa.Array, type_: pa.DataType) -> list[Any]:
-    return _plain(column).cast(type_).cast(storage_type(type_)).to_pylist()
+    plain = _plain(column)
+    cast = plain.cast(type_)
+    if pa.types.is_floating(type_) and pa.types.is_floating(plain.type) and type_.bit_width < plain.type.bit_width:
+        overflowed = pc.and_(pc.is_finite(plain), pc.is_inf(cast.cast(pa.float64())))
+        if pc.any(overflowed).as_py():
+            raise pa.ArrowInvalid(f"a number is too large for {type_}")
+    return cast.cast(storage_type(type_)).to_pylist()
 
 
 def _is_text(type_: pa.DataType) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 SWITCHES = ("full", "gpu_everywhere")
 """Options without a value; as parameters they are `true` or `false`."""
 
-LISTS = ("input", "text_field")
+LISTS = ("input", "text_field", "keep_fields")
 """Options that may be repeated; as parameters their values are parted by commas."""
 
 
