@@ -61,7 +61,12 @@ GIVEN = {
     "gpu": "nvidia-l4",
     "gpu_everywhere": True,
     "dry_run": True,
-    "beam_options": ("--runner=DataflowRunner", "--project=my-project-123", "--region=r", "--sdk_container_image=image"),
+    "beam_options": (
+        "--runner=DataflowRunner",
+        "--project=my-project-123",
+        "--region=r",
+        "--sdk_container_image=image",
+    ),
 }
 
 
