@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from pipeline.option_types import UsageError
+
 COMMANDS = {
     "embed": "embed a corpus and publish a snapshot",
     "search": "find the documents of a snapshot that are closest to a query",
@@ -77,7 +79,11 @@ def _run(name: str, options: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return module.run(parser.parse_args(options))
+    arguments = parser.parse_args(options)
+    try:
+        return module.run(arguments)
+    except UsageError as error:
+        parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:

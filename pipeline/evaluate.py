@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from pipeline.option_types import UsageError
 from pipeline.training_data import StsPairs, halves, read_columns, read_sts, read_texts
 from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import BertLstmEncoder
@@ -65,9 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a line for each encoder and measure; returns the exit status."""
+    """Prints a line for each encoder and measure; returns the exit status.
+
+    Raises:
+      UsageError: no measure was asked for.
+    """
     if not (arguments.sts or arguments.retrieval or arguments.documents):
-        raise ValueError("nothing to measure: give --sts, --retrieval or --documents")
+        raise UsageError("nothing to measure: give --sts, --retrieval or --documents")
     sts = read_sts(arguments.sts, arguments.split) if arguments.sts else None
     documents = read_texts(arguments.documents)[: arguments.max_documents] if arguments.documents else []
     device = resolve_device(arguments.device)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.option_types import not_negative
 from pipeline.search import read_snapshot_of, shown_rows
 from pipeline.text_table import text_pairs, text_table
 from transforms.audit import audit
 from transforms.diff import CATEGORIES, diff
 from transforms.schema import REJECT_REASONS
-from transforms.snapshots import Snapshot, embeddings_of, list_published, read_shard, read_snapshot
+from transforms.snapshots import Snapshot, embeddings_of, list_published, read_shard
 
 SAMPLED_SHARDS = 8
 SAMPLED_ROWS_PER_SHARD = 12_500
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("output", nargs="?", default="output", metavar="DIR", help="local or gs:// (default: output)")
     parser.add_argument("--snapshot", metavar="NAME", help="a published snapshot (default: the latest)")
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default: %(default)s)")
+    parser.add_argument("--rows", type=not_negative, default=3, metavar="N", help="rows to show (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -56,8 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       ValueError: there is no such snapshot, or it is damaged.
     """
-    if arguments.rows < 0:
-        raise ValueError(f"--rows must be at least 0, not {arguments.rows}")
     if arguments.diff:
         return _print_diff(arguments)
     snapshot = read_snapshot_of(arguments.output, arguments.snapshot)
@@ -191,7 +190,7 @@ def _print_check(snapshot: Snapshot, as_json: bool) -> int:
 
 
 def _print_diff(arguments: argparse.Namespace) -> int:
-    before, after = (read_snapshot(arguments.output, name) for name in arguments.diff)
+    before, after = (read_snapshot_of(arguments.output, name) for name in arguments.diff)
     found = diff(before, after)
     if arguments.json:
         print(

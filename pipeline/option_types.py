@@ -2,8 +2,6 @@
 
 import argparse
 
-from transforms import storage
-
 
 class UsageError(ValueError):
     """Options that make no sense, whatever the data; the command ends with status 2."""
@@ -67,6 +65,8 @@ def output_folder(text: str) -> str:
     Raises:
       argparse.ArgumentTypeError: the text is none.
     """
+    from transforms import storage  # Google's libraries, which it loads, take a while.
+
     try:
         storage.check_url(text)
     except ValueError as error:

@@ -11,10 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.option_types import positive
 from pipeline.text_table import text_table
 from transforms.fields import storage_type
 from transforms.schema import FIXED_COLUMNS
-from transforms.snapshots import Snapshot, embeddings_of, read_latest, read_snapshot
+from transforms.snapshots import (
+    Snapshot,
+    embeddings_of,
+    is_snapshot_name,
+    read_latest,
+    read_snapshot,
+    snapshot_folder,
+)
+
+_PREFIX = snapshot_folder("", "").lstrip("/")
+"""What the names of snapshots' folders begin with."""
 
 
 class Hit(NamedTuple):
@@ -34,7 +45,7 @@ class Hit(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("query", help="a text of any length")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="hits to show (default: %(default)s)")
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="hits to show (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the hits as JSON")
     where = parser.add_argument_group("where to look")
     where.add_argument("--output", default="output", metavar="DIR", help="local or gs:// (default: %(default)s)")
@@ -76,11 +87,19 @@ def run(arguments: argparse.Namespace) -> int:
 def read_snapshot_of(output: str, name: str | None) -> Snapshot:
     """Returns the named snapshot of an output folder, or the latest.
 
+    Args:
+      output: the output folder, or the folder of a snapshot in it, which is taken where none is named.
+      name: the snapshot's, or its folder's; None for the latest.
+
     Raises:
       ValueError: there is none, or it is damaged.
     """
+    parent, _, last = output.rstrip("/").rpartition("/")
+    if last.startswith(_PREFIX) and is_snapshot_name(last.removeprefix(_PREFIX)):
+        output = parent or ("/" if output.startswith("/") else ".")
+        name = name or last
     if name is not None:
-        return read_snapshot(output, name)
+        return read_snapshot(output, name.removeprefix(_PREFIX))
     latest = read_latest(output)
     if latest is None:
         raise ValueError(f"{output} holds no snapshot yet: run `./launch.sh local --output {output}` first")

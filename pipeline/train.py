@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 from pipeline.evaluate import sts_spearman
-from pipeline.option_types import at_least_two, positive
+from pipeline.option_types import UsageError, at_least_two, positive
 from pipeline.token_embeddings import compute_token_embeddings
-from pipeline.training import Settings, Training
+from pipeline.training import Settings, Training, check_enough_texts
 from pipeline.training_data import read_sts, read_training_texts
 from transforms.checkpoint import POOLINGS
 from transforms.devices import DEVICES, DTYPES
@@ -114,7 +114,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains a head and writes its checkpoint; returns the exit status."""
+    """Trains a head and writes its checkpoint; returns the exit status.
+
+    Raises:
+      UsageError: no texts were named.
+      ValueError: the texts do not fill one batch of any kind.
+    """
+    if not (arguments.sentences or arguments.pairs or arguments.documents):
+        raise UsageError("no texts to train on: name files with --sentences, --pairs or --documents")
     output = Path(arguments.output)
     work_folder = Path(arguments.work_folder) if arguments.work_folder else output / "training"
     texts = read_training_texts(
@@ -126,6 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_documents,
         arguments.seed,
     )
+    settings = Settings(**{name: getattr(arguments, name) for name in Settings._fields})
+    check_enough_texts(texts, settings)  # Now: token embeddings take long.
     sts = read_sts(arguments.sts, "dev") if arguments.sts else None
     print(
         f"{len(texts.sentences)} sentences, {len(texts.pairs)} pairs, {len(texts.documents)} documents; "
@@ -143,7 +152,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise FileExistsError(f"{state_file} holds a training that did not end: give --resume, or delete it")
     embeddings = compute_token_embeddings(encoder, texts.texts, work_folder)
     validate = None if sts is None else lambda: sts_spearman(encoder.encode, sts)
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings._fields})
     training = Training(encoder, texts, embeddings, settings, state_file, validate)
     if state_file.exists():
         training.load_state()

@@ -67,6 +67,15 @@ class Batch(NamedTuple):
     places: np.ndarray
 
 
+def check_enough_texts(texts: TrainingTexts, settings: Settings) -> None:
+    """Raises ValueError where the texts of no kind fill a batch, with the options that make batches smaller."""
+    found = {kind: len(getattr(texts, kind)) for kind in ("sentences", "pairs", "documents")}
+    sizes = {kind: getattr(settings, f"{kind}_per_batch") for kind in found}
+    if all(found[kind] < sizes[kind] for kind in found):
+        few = ", ".join(f"{found[kind]} {kind} for --{kind}_per_batch {sizes[kind]}" for kind in found if found[kind])
+        raise ValueError(f"too few texts to fill one batch: {few or 'none'}; give more texts, or smaller batches")
+
+
 class Training:
     """Trains an encoder's LSTM on token embeddings that are known.
 
@@ -101,9 +110,8 @@ class Training:
         self._settings = settings
         self._state_file = state_file
         self._validate = validate
+        check_enough_texts(texts, settings)
         self.steps_per_epoch = len(self._batches(epoch=0))
-        if not self.steps_per_epoch:
-            raise ValueError(f"too few texts to fill one batch of {settings}: give more texts or smaller batches")
         starting = np.random.default_rng(settings.seed).permutation(len(texts.texts))[:_STARTING_TEXTS]
         encoder.lstm = projecting_lstm([embeddings.of(text) for text in starting], encoder.pooling, settings.seed)
         encoder.lstm.to(encoder.device)

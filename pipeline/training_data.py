@@ -163,6 +163,8 @@ def _sample(items: list, most: int | None, seed: int) -> list:
 
 def _table(file: str) -> pa.Table:
     suffix = Path(file).suffix
+    if suffix in (".parquet", ".jsonl") and not Path(file).exists():
+        raise FileNotFoundError(f"there is no file {file}")
     if suffix == ".parquet":
         return pq.read_table(file)
     if suffix == ".jsonl":

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipeline import evaluate
+from pipeline.__main__ import main
 from pipeline.evaluate import halves_found, mean_pooled, ndcg, retrieval_ndcg, spearman, sts_spearman
 from pipeline.training_data import StsPairs, read_sts
 
@@ -107,9 +108,17 @@ def test_the_command_prints_each_measure_of_each_encoder(sts_file, retrieval_fol
     assert sum("3 documents, other half found: " in line for line in lines) == 3
 
 
-def test_nothing_to_measure_is_refused():
-    with pytest.raises(ValueError, match="nothing to measure"):
-        evaluate.run(parsed([]))
+def test_nothing_to_measure_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate"])
+    assert caught.value.code == 2
+    assert "error: nothing to measure: give --sts, --retrieval or --documents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["none.parquet", "none.jsonl"])
+def test_a_file_that_is_not_there_is_told_in_words(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"^there is no file {tmp_path}/{name}$"):
+        read_sts(f"{tmp_path}/{name}", "dev")
 
 
 def test_a_split_that_is_not_there_is_refused(sts_file):

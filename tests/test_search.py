@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from snapshot_helper import embedding, publish_rows, unit_vector
 
 from pipeline.__main__ import main
-from pipeline.search import nearest, shown_rows
+from pipeline.search import nearest, read_snapshot_of, shown_rows
 from transforms import snapshots
 from transforms.encoder import BertLstmEncoder
 
@@ -164,8 +164,25 @@ def test_a_damaged_snapshot_is_named(tmp_path, capsys):
 def test_empty_queries_and_numbers_of_hits_that_cannot_be_are_refused(tmp_path, encoder, tiny_checkpoint, capsys):
     publish_texts(str(tmp_path), encoder)
     assert "the query is empty" in error_of(capsys, "  ", f"--output={tmp_path}")
-    arguments = ["words", "--top=0", f"--output={tmp_path}", f"--checkpoint={tiny_checkpoint}"]
-    assert "--top must be at least 1, not 0" in error_of(capsys, *arguments)
+    with pytest.raises(SystemExit) as caught:
+        main(["search", "words", "--top=0", f"--output={tmp_path}"])
+    assert caught.value.code == 2
+    assert "argument --top: '0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_snapshot_can_be_named_as_its_folder_is(tmp_path, encoder, monkeypatch):
+    name = publish_texts(str(tmp_path), encoder).name
+    other = publish_texts(str(tmp_path), encoder).name
+    monkeypatch.chdir(tmp_path)
+    for output, named in (
+        (str(tmp_path), name),
+        (str(tmp_path), f"snapshot={name}"),
+        (f"{tmp_path}/snapshot={name}", None),
+        (f"{tmp_path}/snapshot={name}/", None),
+        (f"snapshot={name}", None),
+        (f"{tmp_path}/snapshot={other}", name),
+    ):
+        assert read_snapshot_of(output, named).name == name
 
 
 def test_mistyped_options_are_refused(capsys):

@@ -10,6 +10,7 @@ import torch
 from conftest import make_tiny_encoder
 
 from pipeline import train
+from pipeline.__main__ import main
 from pipeline.distillation import (
     contrastive_loss,
     encode_token_embeddings,
@@ -157,8 +158,23 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
 
 def test_too_few_texts_for_a_batch_are_refused(tmp_path):
     settings = SETTINGS._replace(sentences_per_batch=500, pairs_per_batch=500, documents_per_batch=500)
-    with pytest.raises(ValueError, match="too few texts"):
+    told = r"too few texts to fill one batch: \d+ sentences for --sentences_per_batch 500, .* or smaller batches"
+    with pytest.raises(ValueError, match=told):
         start(tmp_path, settings)
+
+
+def test_too_few_texts_are_told_before_their_token_embeddings_are_computed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "s.txt").write_text("\n".join(made_texts(3)), encoding="utf-8")
+    monkeypatch.setattr(train, "compute_token_embeddings", None)
+    assert main(["train", f"--sentences={tmp_path}/s.txt", f"--output={tmp_path}/out"]) == 1
+    assert "3 sentences for --sentences_per_batch 256; give more texts" in capsys.readouterr().err
+
+
+def test_a_training_on_no_texts_is_wrong_usage(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", f"--output={tmp_path}/out"])
+    assert caught.value.code == 2
+    assert "error: no texts to train on: name files with --sentences" in capsys.readouterr().err
 
 
 def test_an_epoch_has_each_text_once(tmp_path):
