@@ -41,6 +41,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def job_server_jar() -> Path:
+    """Returns the job server's jar, which is built where it is not there yet."""
+    return Path(subprocess.run([BUILD], stdout=subprocess.PIPE, text=True, check=True, timeout=900).stdout.strip())
+
+
 def wait_until(what: str, condition: Callable[[], Any], seconds: float = 120) -> Any:
     """Returns what a condition gives once that is true; fails after a while."""
     deadline = time.monotonic() + seconds

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from embed_runs import PUBLISHED, latest
-from flink_cluster import BUILD, Cluster, submit, wait_until, why_not
+from embed_runs import PUBLISHED, contents_of, latest
+from flink_cluster import Cluster, job_server_jar, submit, wait_until, why_not
 
 from pipeline.__main__ import main
 from pipeline.sample import write_sample
 from transforms.snapshots import Snapshot, check_shards, list_work, read_latest
-from transforms.storage import list_files
+from transforms.storage import create_exclusively, list_files
+
+pytest_plugins = ["gcs_emulator"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,13 +45,17 @@ DOCUMENTS = [
 FAULTY = [{"id": f"none{number}", "n": number} for number in range(10)]
 REPEATED = [document | {"n": -1} for document in DOCUMENTS[:20]]
 
+# Long texts, each in a batch of its own, take their time.
+LONG = [{"id": f"id{n}", "text": f"{TEXTS[n % NUM_TEXTS]} " * 10 + str(n), "n": n} for n in range(20_000)]
+SLOW = ["--max_batch_tokens=24", "--device=cpu", "--dtype=float32"]
+
 
 def write_corpus(path: Path, documents: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(document) + "\n" for document in documents))
     return path
 
 
-def run(runner: str, options: list[str], output: Path, corpus: Path, *more: str) -> Snapshot:
+def run(runner: str, options: list[str], output: Path | str, corpus: Path | str, *more: str) -> Snapshot:
     """Embeds a corpus in this process, and returns the snapshot."""
     given = [f"--input={corpus}", "--device=cpu", "--dtype=float32", f"--output={output}", *options, *more]
     assert main([runner, *given]) == PUBLISHED
@@ -130,7 +136,7 @@ def assert_equal(one: Snapshot, other: Snapshot, *but: str) -> None:
     assert np.sum(vectors_of(table) * vectors_of(other_table), axis=1).min() > 0.99999
 
 
-def assert_nothing_but_snapshots(output: Path) -> None:
+def assert_nothing_but_snapshots(output: Path | str) -> None:
     assert {name.partition("/")[0].partition("=")[0] for name in list_files(str(output))} == {"LATEST", "snapshot"}
 
 
@@ -174,25 +180,37 @@ def test_a_second_run_encodes_what_changed_alone(cluster, tmp_path, tiny, local,
     assert counts["reused"] == NUM_DOCUMENTS - 30 - 800
 
 
-def test_an_embedded_flink_needs_no_cluster(tmp_path, tiny, corpus):
-    some = tmp_path / "corpus.jsonl"
-    some.write_text("".join(corpus.read_text().splitlines(keepends=True)[:2000]))
-    job_server = f"--flink_job_server_jar={os.popen(str(BUILD)).read().strip()}"
-    assert_equal(
-        run("local", [], tmp_path / "local", some, *tiny),
-        run("flink", [job_server], tmp_path / "flink", some, *tiny),
-    )
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, corpus, tiny) -> tuple[Path, Snapshot]:
+    """A part of the corpus, and what the local runner makes of it."""
+    folder = tmp_path_factory.mktemp("small")
+    part = folder / "corpus.jsonl"
+    part.write_text("".join(corpus.read_text().splitlines(keepends=True)[:2000]))
+    return part, run("local", [], folder / "out", part, *tiny)
+
+
+def test_an_embedded_flink_needs_no_cluster(tmp_path, tiny, small):
+    part, local = small
+    assert_equal(local, run("flink", [f"--flink_job_server_jar={job_server_jar()}"], tmp_path / "out", part, *tiny))
+
+
+def test_input_output_and_checkpoint_may_be_on_gs(cluster, gcs_bucket, tmp_path, monkeypatch, tiny_checkpoint, small):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    part, local = small
+    files = {f"checkpoint/{name}": data for name, data in contents_of(tiny_checkpoint).items()}
+    for name, data in (files | {"in/corpus.jsonl": part.read_bytes()}).items():
+        create_exclusively(f"{gcs_bucket}/{name}", data)
+    options = [*cluster.loopback, f"--checkpoint={gcs_bucket}/checkpoint", "--keep_fields=n"]
+    assert_equal(local, run("flink", options, f"{gcs_bucket}/out", f"{gcs_bucket}/in/*.jsonl"))
+    assert_nothing_but_snapshots(f"{gcs_bucket}/out")
 
 
 def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, tiny):
     """The submitter, the job, a worker, a TaskManager, and once more the submitter, whose job goes on without it."""
     output = tmp_path / "out"
-    # Long texts, each in a batch of its own, take their time, and every run has new ones: so each has a middle.
-    long = [{"id": f"id{n}", "text": f"{TEXTS[n % NUM_TEXTS]} " * 10 + str(n), "n": n} for n in range(20_000)]
-    numbers_of_documents = iter(range(4000, 20_001, 4000))
+    numbers_of_documents = iter(range(4000, len(LONG) + 1, 4000))  # Every run has new ones: so each has a middle.
     corpus = tmp_path / "corpus.jsonl"
-    slow = ["--max_batch_tokens=24", "--device=cpu", "--dtype=float32"]
-    common = [f"--input={corpus}", f"--output={output}", *slow, *tiny]
+    common = [f"--input={corpus}", f"--output={output}", *SLOW, *tiny]
 
     def saved() -> set[str]:
         # Names alone: a worker whose job has failed may go on for a moment, and its files come and go.
@@ -206,7 +224,7 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
         def has_saved() -> bool:
             return any(name.rpartition("/")[0] not in earlier for name in saved())
 
-        write_corpus(corpus, long[: next(numbers_of_documents)])
+        write_corpus(corpus, LONG[: next(numbers_of_documents)])
         submitter = submit([*options, *common])
         wait_until("work is saved, or the run ends", lambda: has_saved() or submitter.poll() is not None, 240)
         assert submitter.poll() is None, submitter.communicate()
@@ -224,11 +242,11 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
     assert end_of(submitter)[0] == -signal.SIGKILL
     wait_until("its job server has ended", lambda: not _job_servers(submitter.pid), 30)
 
-    submitter = start_and_save(*cluster.loopback)
+    submitter, cancelled = start_and_save(*cluster.loopback), cluster.jobs().count("CANCELED")
     submitter.send_signal(signal.SIGINT)
     status, said = end_of(submitter)
     assert (status, said.partition(":")[0]) == (130, "interrupted")
-    assert cluster.jobs().count("CANCELED") == 1
+    assert cluster.jobs().count("CANCELED") == cancelled + 1
 
     submitter = start_and_save(*cluster.staged)
     cluster.kill_worker()
@@ -242,14 +260,14 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
     cluster.up()
 
     assert len(list_work(str(output))) == 4
-    write_corpus(corpus, long[: next(numbers_of_documents)])
+    write_corpus(corpus, LONG[: next(numbers_of_documents)])
     submitter = submit([*cluster.staged, *common])
     wait_until("the job runs", lambda: "RUNNING" in cluster.jobs())
     submitter.kill()
     submitter.communicate()
     wait_until("the job ends", lambda: not _ALIVE & set(cluster.jobs()), 240)
     snapshot = latest(output)
-    assert snapshot.manifest["counts"]["read"] == len(long)
+    assert snapshot.manifest["counts"]["read"] == len(LONG)
     undisturbed = run("local", [], tmp_path / "undisturbed", corpus, *tiny)
     assert_equal(snapshot, undisturbed, "embedded", "reused", "recovered", "texts_encoded", "tokens")
     assert snapshot.manifest["counts"]["recovered"] > 0
