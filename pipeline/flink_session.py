@@ -93,6 +93,11 @@ class FlinkSession:
         if self._master is None:
             if self._runner.result is not None:
                 self._runner.result.cancel()
+                print(
+                    f"the job server was asked to cancel job {self.job_name}, but may let it run on: look for it on "
+                    "Flink's page; with --flink_master beside --job_endpoint it is cancelled there",
+                    file=sys.stderr,
+                )
             return
         print("cancelling the job on Flink ...", file=sys.stderr)
         self._runner.end_process()  # It may be about to hand the job over.

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def free_ports(count: int) -> list[int]:
 def job_server_jar() -> Path:
     """Returns the job server's jar, which is built where it is not there yet."""
     return Path(subprocess.run([BUILD], stdout=subprocess.PIPE, text=True, check=True, timeout=900).stdout.strip())
+
+
+def answers(port: int) -> bool:
+    """Returns whether somebody listens on a port of this machine."""
+    with socket.socket() as one:
+        return one.connect_ex(("localhost", port)) == 0
 
 
 def wait_until(what: str, condition: Callable[[], Any], seconds: float = 120) -> Any:
@@ -93,6 +100,29 @@ class Cluster:
             f"--flink_master=localhost:{self.rest_port}",
             f"--environment_config=localhost:{self.pool_port}",
         ]
+
+    @contextmanager
+    def job_server(self, folder: Path) -> Iterator[list[str]]:
+        """Runs a job server that serves the cluster; gives options for a job through it, whose workers get our package.
+
+        Args:
+          folder: for what it says, its temporary files, and what jobs bring.
+        """
+        (port,) = free_ports(1)
+        command = ["java", f"-Djava.io.tmpdir={folder}", "-jar", str(job_server_jar()), f"--artifacts-dir={folder}"]
+        command += [f"--flink-master=localhost:{self.rest_port}", f"--job-port={port}"]
+        with (
+            open(folder / "log", "wb") as log,
+            subprocess.Popen(
+                [*command, "--artifact-port=0", "--expansion-port=-1"], stdout=log, stderr=subprocess.STDOUT
+            ) as server,
+        ):
+            try:
+                wait_until("the job server listens", lambda: server.poll() is not None or answers(port))
+                assert server.poll() is None, (folder / "log").read_text()
+                yield [f"--job_endpoint=localhost:{port}", self.staged[-1]]
+            finally:
+                server.terminate()
 
     def ask(self, path: str) -> Any:
         """Returns what the REST service answers."""

@@ -205,6 +205,23 @@ def test_input_output_and_checkpoint_may_be_on_gs(cluster, gcs_bucket, tmp_path,
     assert_nothing_but_snapshots(f"{gcs_bucket}/out")
 
 
+def test_a_job_server_that_runs_takes_one_job_after_another(cluster, tmp_path, tiny, small):
+    """With the cluster named too, Ctrl-C cancels the job there."""
+    part, local = small
+    folder = tmp_path / "job-server"
+    folder.mkdir()
+    with cluster.job_server(folder) as options:
+        assert_equal(local, run("flink", [*options, "--parallelism=4"], tmp_path / "out", part, *tiny))
+        long = [f"--input={write_corpus(tmp_path / 'long.jsonl', LONG)}", f"--output={tmp_path / 'cancelled'}"]
+        cancelled = cluster.jobs().count("CANCELED")
+        submitter = submit([*options, f"--flink_master=localhost:{cluster.rest_port}", *long, *SLOW, *tiny])
+        wait_until("the job runs, or fails", lambda: "RUNNING" in cluster.jobs() or submitter.poll() is not None, 240)
+        submitter.send_signal(signal.SIGINT)
+        _, said = submitter.communicate(timeout=240)
+        assert (submitter.returncode, said.splitlines()[-1].partition(":")[0]) == (130, "interrupted"), said
+        assert cluster.jobs().count("CANCELED") == cancelled + 1
+
+
 def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, tiny):
     """The submitter, the job, a worker, a TaskManager, and once more the submitter, whose job goes on without it."""
     output = tmp_path / "out"
