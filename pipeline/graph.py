@@ -7,6 +7,7 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
+from transforms.formats import BLANK_LINE
 from transforms.incremental import (
     HandOutVectors,
     KnownVector,
@@ -22,7 +23,7 @@ from transforms.inference import EncodeDocuments, EncoderModelHandler
 from transforms.known_vectors import ReadKnownVectors, WorkSaver
 from transforms.loaded_encoder import Encoded, Failed
 from transforms.reconcile import PublishSnapshot, Run
-from transforms.schema import Document
+from transforms.schema import Document, Rejected
 from transforms.snapshots import Shard, work_folder
 from transforms.tally import CountElements, Tally
 from transforms.write import WriteEmbeddings, WriteRejected
@@ -114,7 +115,7 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
     ) | "WriteRejected" >> WriteRejected(job.run.folder, job.rows_per_shard)
     tallies = (
         documents | "TallyDocuments" >> Tally("read"),
-        unreadable | "TallyUnreadable" >> Tally("read"),
+        unreadable | "TallyUnreadable" >> Tally("read", _blank_lines),
         repeated | "TallyRepeated" >> Tally("repeated"),
         deleted | "TallyDeleted" >> Tally("deleted"),
         encoded | "TallyEncoded" >> Tally("texts_encoded", _encoded_tallies),
@@ -155,6 +156,11 @@ def _vector_of(encoded: Encoded) -> tuple[Any, tuple]:
 
 def _unusable_of(failed: Failed) -> tuple[Any, tuple]:
     return failed.document.fields[_WAITING], pack(Unusable(failed.reason, failed.detail))
+
+
+def _blank_lines(rejected: Rejected) -> Iterator[tuple[str, float]]:
+    if rejected.reason == "empty_text" and rejected.detail.startswith(BLANK_LINE):
+        yield "blank_lines", 1
 
 
 def _encoded_tallies(encoded: Encoded) -> Iterator[tuple[str, float]]:

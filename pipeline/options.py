@@ -299,7 +299,8 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         type=fraction,
         default=0.01,
         metavar="FRACTION",
-        help="publish nothing, and end with status 3, if more of the records are rejected; default %(default)s",
+        help="publish nothing, and end with status 3, if more of the records are rejected, blank lines of "
+        "text files not counted; default %(default)s",
     )
     group.add_argument(
         "--keep_snapshots",

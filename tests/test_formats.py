@@ -57,7 +57,7 @@ def test_text_is_a_document_per_line():
     records = list(read_text(numbered(b" one ", b"", b"z\xc3\xbc\r", b"\xff", LongLine(99, b"lo", 0)), "f"))
     assert records == [
         Document(content_hash(" one "), " one ", "f", 1, {}, True),
-        Rejected("f", 2, "", "empty_text", "there is nothing but white space", ""),
+        Rejected("f", 2, "", "empty_text", "a blank line of a text file", ""),
         Document(content_hash("zü\r"), "zü\r", "f", 3, {}, True),
         Rejected("f", 4, "", "invalid_utf8", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
                  "\ufffd"),

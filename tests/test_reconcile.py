@@ -127,6 +127,7 @@ def test_the_manifest_says_everything_and_is_valid(tmp_path):
             "truncated": 1,
             "texts_encoded": 4,
             "repeated": 1,
+            "blank_lines": 0,
             "tokens": 20_000,
             "padded_tokens": 21_000,
         },
@@ -336,28 +337,34 @@ def test_rejects_of_which_nothing_is_known_are_reported_and_no_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("read", "rejected", "repeated", "allowed", "published"),
+    ("read", "rejected", "repeated", "blank_lines", "allowed", "published"),
     [
-        (100, 29, 0, 0.29, True),  # 0.29 * 100 is 28.999999999999996.
-        (100, 30, 0, 0.29, False),
-        (100, 1, 0, 0.01, True),
-        (100, 7, 0, 0.07, True),
-        (3, 1, 0, 1 / 3, True),
-        (1_000_000_000, 1, 0, 0.0, False),
-        (100, 0, 0, 0.0, True),
-        (100, 100, 0, 1.0, True),
+        (100, 29, 0, 0, 0.29, True),  # 0.29 * 100 is 28.999999999999996.
+        (100, 30, 0, 0, 0.29, False),
+        (100, 1, 0, 0, 0.01, True),
+        (100, 7, 0, 0, 0.07, True),
+        (3, 1, 0, 0, 1 / 3, True),
+        (1_000_000_000, 1, 0, 0, 0.0, False),
+        (100, 0, 0, 0, 0.0, True),
+        (100, 100, 0, 0, 1.0, True),
         # Repeated texts without ids are the same document once more.
-        (100, 60, 60, 0.0, True),
-        (100, 61, 60, 0.0, False),
-        (100, 61, 60, 0.01, True),
+        (100, 60, 60, 0, 0.0, True),
+        (100, 61, 60, 0, 0.0, False),
+        (100, 61, 60, 0, 0.01, True),
+        # Blank lines of text files are no records.
+        (100, 60, 0, 60, 0.0, True),
+        (100, 61, 0, 60, 0.024, False),
+        (100, 61, 0, 60, 0.025, True),
+        (100, 90, 40, 50, 0.0, True),
+        (100, 100, 0, 100, 1.0, False),
     ],
 )
-def test_the_fraction_that_may_be_rejected(tmp_path, read, rejected, repeated, allowed, published):
+def test_the_fraction_that_may_be_rejected(tmp_path, read, rejected, repeated, blank_lines, allowed, published):
     run = make_run(tmp_path, max_rejected_fraction=allowed)
     kept = read - rejected
     shards = [ShardFile(0, 0, "e", kept, 1, "sha256:0", {"encoded": kept})] if kept else []
     files = [ShardFile(0, 0, "r", rejected, 1, "sha256:0", {"wrong_type": rejected})] if rejected else []
-    manifest = build_manifest(run, shards, files, {"read": read, "repeated": repeated})
+    manifest = build_manifest(run, shards, files, {"read": read, "repeated": repeated, "blank_lines": blank_lines})
     check_manifest(manifest)
     assert (reconcile.reasons_against(run, manifest) == []) is published
 

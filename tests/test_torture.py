@@ -250,6 +250,18 @@ def test_lines_of_text_are_rejected_one_by_one(tmp_path, tiny_checkpoint):
     ]
     assert rows_of(snapshot).keys() == {content_hash(text) for text in ("read", "write", "fast")}
     assert counts_of(snapshot)["read"] == 9
+    assert counts_of(snapshot)["blank_lines"] == 2
+
+
+def test_blank_lines_between_paragraphs_bar_no_publishing(tmp_path, tiny_checkpoint):
+    (tmp_path / "a.txt").write_text("\nread\n\n\u3000\n\nwrite\n\n")
+    options = [f"--input={tmp_path}/a.txt", f"--checkpoint={tiny_checkpoint}", "--max_rejected_fraction=0"]
+    assert embed(*options, output=tmp_path / "out") == PUBLISHED
+    assert counts_of(latest(tmp_path / "out")) == {
+        "read": 7, "embedded": 2, "rejected": 5, "blank_lines": 5, "texts_encoded": 2
+    }  # fmt: skip
+    (tmp_path / "a.txt").write_text("\n\n")
+    assert embed(*options, output=tmp_path / "out") == NOT_PUBLISHED
 
 
 def test_whole_files_are_rejected_one_by_one(tmp_path, tiny_checkpoint):

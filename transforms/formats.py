@@ -16,6 +16,9 @@ FORMATS = ("text", "jsonl", "csv", "parquet", "file")
 INPUT_FORMATS = ("auto", *FORMATS)
 """What can be asked for; under `auto` a file's extension decides."""
 
+BLANK_LINE = "a blank line of a text file"
+"""How the detail of such a rejected record begins: between paragraphs it is no loss."""
+
 _FORMAT_OF_EXTENSION = {
     ".txt": "text",
     ".jsonl": "jsonl",
@@ -82,8 +85,11 @@ def read_text(lines: Lines, source: str) -> Iterator[Document | Rejected]:
     for position, line in lines:
         if isinstance(line, LongLine):
             yield reject_long_line(line, source, position)
-        else:
-            yield whole_document(line, source, position)
+            continue
+        document = whole_document(line, source, position)
+        if isinstance(document, Rejected) and document.reason == "empty_text":
+            document = document._replace(detail=BLANK_LINE)
+        yield document
 
 
 def read_jsonl(lines: Lines, source: str, make_document: DocumentMaker) -> Iterator[Document | Rejected]:

@@ -74,8 +74,9 @@ def build_manifest(
       run: the run.
       shards: the Parquet files, with the tallies of their rows.
       rejected: the files of rejected records, with the tallies of theirs by reason.
-      tallies: `read`, `deleted`, `tokens`, `padded_tokens`, `encode_seconds`, `known_tokens` of distinct texts whose
-        vector was known (all three with special tokens), and `device <description>`.
+      tallies: `read`, `blank_lines` of text files among them, `deleted`, `tokens`, `padded_tokens`, `encode_seconds`,
+        `known_tokens` of distinct texts whose vector was known (all three with special tokens), and `device
+        <description>`.
     """
     rows = _summed(shards)
     by_reason = _summed(rejected)
@@ -110,6 +111,7 @@ def build_manifest(
             "truncated": rows.get("truncated", 0),
             "texts_encoded": int(tallies.get("texts_encoded", 0)),
             "repeated": int(tallies.get("repeated", 0)),
+            "blank_lines": int(tallies.get("blank_lines", 0)),
             "tokens": tokens,
             "padded_tokens": int(tallies.get("padded_tokens", 0)),
         },
@@ -141,15 +143,17 @@ def reasons_against(run: Run, manifest: Mapping[str, Any]) -> list[str]:
             f"the counts disagree: the shards hold {rows} rows, but {counts['embedded']} were embedded and "
             f"{counts['reused']} reused"
         )
-    # A text without an id that only repeats another one's is the same document once more: nothing is lost.
-    lost = counts["rejected"] - counts["repeated"]
+    # A text without an id that only repeats another one's is the same document once more: nothing is lost. Blank lines
+    # of text files are no records, as in other formats.
+    lost = counts["rejected"] - counts["repeated"] - counts["blank_lines"]
+    records = counts["read"] - counts["blank_lines"]
     # Divided, not multiplied: 29 of 100 are the 0.29 that was allowed, but 0.29 * 100 is a little less than 29.
-    if counts["read"] and lost / counts["read"] > run.max_rejected_fraction:
+    if records and lost / records > run.max_rejected_fraction:
         reasons.append(
-            f"{lost} of {counts['read']} records were rejected ({lost / counts['read']:.2%}), more than "
+            f"{lost} of {records} records were rejected ({lost / records:.2%}), more than "
             f"--max_rejected_fraction {run.max_rejected_fraction} allows"
         )
-    if counts["read"] == 0:
+    if records == 0:
         reasons.append("the input holds no record at all")
     return reasons
 
