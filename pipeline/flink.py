@@ -113,11 +113,6 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
             "machine see with --artifacts_dir, on gs:// or on a shared disk"
         )
     names = {option.partition("=")[0] for option in given}
-    if portable.job_endpoint and master_of(given) is None and "--parallelism" not in names:
-        raise ValueError(
-            f"nothing tells how many slots the cluster behind --job_endpoint {portable.job_endpoint} has, and without "
-            "a number the job would run on one: add --parallelism N, all slots say"
-        )
     return [*given, *(f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in names)]
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,12 @@ def prepare(beam_options: Sequence[str], root: Path = _ROOT) -> list[str]:
     found = list(beam_options) if overview is None else [*beam_options, *flink.given_of(overview, beam_options)]
     if endpoint:
         _check_listens(endpoint)
+        if PipelineOptions(found).view_as(FlinkRunnerOptions).parallelism in (None, -1):
+            print(
+                f"warning: nothing tells how many slots the cluster behind --job_endpoint {endpoint} has, and without "
+                "a number the job runs on one: add --parallelism N, all slots say",
+                file=sys.stderr,
+            )
         return found
     java = _java(options.view_as(JobServerOptions).job_server_java_launcher)
     version = overview["flink-version"] if overview else None

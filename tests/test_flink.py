@@ -101,10 +101,6 @@ def test_an_installed_package_has_no_setup_file():
         (["--flink_submit_uber_jar"], "--flink_submit_uber_jar is not supported"),
         (["--flink_master=flink:8081", "--environment_type=LOOPBACK"], "flink:8081 cannot reach: leave it out"),
         (["--job_endpoint=flink:8099", "--environment_type=LOOPBACK"], "flink:8099 cannot reach: leave it out"),
-        (
-            ["--job_endpoint=localhost:8099"],
-            "the cluster behind --job_endpoint localhost:8099 has, and without a number",
-        ),
         (["--flink_master=flink:8081"], "name a folder that they and this machine see with --artifacts_dir"),
         ([*ELSEWHERE, "--output=gs://b/out"], "the workers of flink:8081 do not see: write it into a folder"),
         ([*ELSEWHERE, "--input=gs://b/in/*"], "the default output is a folder of this machine, which the workers of"),
@@ -297,6 +293,14 @@ def test_an_unreachable_cluster_or_job_server_is_told_at_once(root, bin_folder):
 
 def test_a_job_server_that_runs_needs_neither_java_nor_jar(tmp_path, fake_flink):
     assert prepared(tmp_path, f"--job_endpoint={fake_flink}", "--parallelism=2") == []
+
+
+def test_a_job_that_would_run_on_one_slot_is_told_so(tmp_path, fake_flink, capsys):
+    assert prepared(tmp_path, f"--job_endpoint={fake_flink}") == []
+    assert "without a number the job runs on one: add --parallelism N" in capsys.readouterr().err
+    for told in "--parallelism=2", f"--flink_master={fake_flink}":
+        prepared(tmp_path, f"--job_endpoint={fake_flink}", told)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_slots_of_a_job_servers_cluster_are_known_where_its_master_is_named_too(tmp_path, fake_flink):
