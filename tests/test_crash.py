@@ -22,20 +22,22 @@ from transforms.snapshots import check_shards, list_published, list_work
 ROOT = Path(__file__).parent.parent
 
 SLOW_RUN = """\
-import sys
+import sys, threading
 from types import SimpleNamespace
 from pipeline.__main__ import main
 from transforms import known_vectors
 
 save = known_vectors.WorkSaver.__call__
 seconds = 1000.0
+turn = threading.Lock()  # Groups are encoded side by side.
 
 def slowly(saver, encoded):
     global seconds
-    save(saver, encoded)
-    seconds += 0.5
-    print(len(encoded), flush=True)
-    assert sys.stdin.readline()
+    with turn:
+        save(saver, encoded)
+        seconds += 0.5
+        print(len(encoded), flush=True)
+        assert sys.stdin.readline()
 
 known_vectors.WorkSaver.__call__ = slowly
 known_vectors.time = SimpleNamespace(monotonic=lambda: seconds)
