@@ -156,15 +156,23 @@ def test_each_task_managers_one_process_loads_the_model_once(cluster, remote):
     assert len(set(processes)) == 2
 
 
-def test_docstrings_with_the_default_encoder_give_what_the_local_runner_gives(cluster, tmp_path):
-    lines = write_sample(tmp_path).read_text().splitlines(keepends=True)
-    corpus = tmp_path / "some.jsonl"
-    corpus.write_text("".join(random.Random(5).sample(lines, 250)))
-    options = ["--keep_fields=module,kind"]
-    assert_equal(
-        run("local", [], tmp_path / "local", corpus, *options),
-        run("flink", cluster.loopback, tmp_path / "remote", corpus, *options),
-    )
+@pytest.mark.timeout(1800)  # Half a million tokens, twice.
+def test_the_sample_corpus_gives_what_the_local_runner_gives_run_after_run(cluster, tmp_path):
+    """All of it, with the default encoder, and then what changed alone."""
+    first = [json.loads(line) for line in write_sample(tmp_path).read_text().splitlines()]
+    changed = [document | {"text": f"{document['text']}\n\nSee also {document['module']}."} for document in first[:100]]
+    new = [{"id": f"new{number}", "text": text, "module": "", "kind": ""} for number, text in enumerate(TEXTS[:50])]
+    corpus = tmp_path / "corpus.jsonl"
+    for documents in first, [*changed, *first[300:], *new]:
+        write_corpus(corpus, documents)
+        local, remote = (
+            run(runner, options, tmp_path / runner, corpus, "--keep_fields=module,kind")
+            for runner, options in {"local": [], "flink": cluster.staged}.items()
+        )
+        assert_equal(local, remote)
+    counts = counts_of(remote)
+    assert (counts["embedded"], counts["deleted"]) == (150, 200)
+    assert counts["reused"] == len(first) - 300
 
 
 def test_a_second_run_encodes_what_changed_alone(cluster, tmp_path, tiny, local, remote):
@@ -173,7 +181,7 @@ def test_a_second_run_encodes_what_changed_alone(cluster, tmp_path, tiny, local,
     corpus = write_corpus(tmp_path / "corpus.jsonl", [*changed, *DOCUMENTS[800:], *new])
     for name, first in {"local": local, "remote": remote}.items():
         shutil.copytree(first.output, tmp_path / name)
-    second = run("flink", cluster.loopback, tmp_path / "remote", corpus, *tiny)
+    second = run("flink", cluster.staged, tmp_path / "remote", corpus, *tiny)
     assert_equal(second, run("local", [], tmp_path / "local", corpus, *tiny))
     counts = counts_of(second)
     assert (counts["deleted"], counts["embedded"], counts["texts_encoded"]) == (300, 700, 450)
