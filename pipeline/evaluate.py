@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from pipeline.option_types import UsageError
+from pipeline.option_types import UsageError, local_path
 from pipeline.training_data import StsPairs, halves, read_columns, read_sts, read_texts
 from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import BertLstmEncoder
@@ -29,12 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measures = parser.add_argument_group("measures (at least one)")
     measures.add_argument(
         "--sts",
+        type=local_path,
         metavar="FILE",
         help="scored pairs (.parquet or .jsonl: split, score, sentence1, sentence2): Spearman x 100 of the cosines",
     )
     measures.add_argument("--split", default="dev", metavar="NAME", help="of the STS file (default: %(default)s)")
     measures.add_argument(
         "--retrieval",
+        type=local_path,
         action="append",
         default=[],
         metavar="DIR",
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     measures.add_argument(
         "--documents",
+        type=local_path,
         metavar="FILE",
         help="long texts (.txt, .jsonl or .parquet with `text`): how often (%%) the other half of a document is the "
         "nearest of all other halves",

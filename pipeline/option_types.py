@@ -1,4 +1,4 @@
-"""Types of option values for argparse: numbers within bounds, and folders; and wrong usage that it cannot tell."""
+"""Types of option values for argparse: numbers within bounds, and places; and wrong usage that it cannot tell."""
 
 import argparse
 
@@ -71,4 +71,18 @@ def output_folder(text: str) -> str:
         storage.check_url(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def local_path(text: str) -> str:
+    """Returns a path of this machine.
+
+    Raises:
+      argparse.ArgumentTypeError: the text is a URL, which would be taken for a folder called `gs:` here.
+    """
+    if "://" in text or text.startswith("gs:"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not on this machine, and this option takes local paths only: name one, and copy between the "
+            "two with `gcloud storage cp -r FROM TO`"
+        )
     return text

@@ -11,12 +11,15 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sysconfig
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from transforms import storage
 
 FIELDS = ("id", "text", "module", "kind")
 """Fields of each line, all strings."""
@@ -33,13 +36,18 @@ _Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sample`."""
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="JSON Lines file to write; replaced if it is there"
+        "--output",
+        type=_file,
+        required=True,
+        metavar="FILE",
+        help="JSON Lines file to write, local or gs://; replaced if it is there",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs `sample`."""
-    count = _write(arguments.output, library_folder())
+    write = _upload if storage.is_remote(arguments.output) else _write
+    count = write(arguments.output, library_folder())
     print(f"{count:,} docstrings of Python {platform.python_version()} written to {arguments.output}")
     return 0
 
@@ -121,8 +129,32 @@ def _nested(node: ast.AST, name: str, kind_of_functions: str) -> Iterator[tuple[
             yield from _nested(child, name, kind_of_functions)
 
 
-def _write(path: Path, library: Path) -> int:
+def _file(text: str) -> str:
+    """Returns the name of a file of this machine or on gs://.
+
+    Raises:
+      argparse.ArgumentTypeError: it is on other storage, or a folder on gs://.
+    """
+    if not re.fullmatch(r"gs://[^/]+/(.*[^/])" if text.startswith("gs:") else r"(?!.*://).+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a file of this machine nor gs://BUCKET/FILE: name one of these, and copy it elsewhere"
+        )
+    return text
+
+
+def _upload(url: str, library: Path) -> int:
+    """Writes the docstrings of a library to a file on gs://, and returns how many they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sample.jsonl"
+        count = _write(path, library)
+        current = storage.read_versioned(url)
+        storage.replace_if_generation(url, path.read_bytes(), storage.ABSENT if current is None else current.generation)
+    return count
+
+
+def _write(file: str | Path, library: Path) -> int:
     """Writes the docstrings of a library to a file, whole or not at all, and returns how many they are."""
+    path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".sample-") as scratch:
         written = Path(scratch) / path.name

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.evaluate import sts_spearman
-from pipeline.option_types import UsageError, at_least_two, positive
+from pipeline.option_types import UsageError, at_least_two, local_path, positive
 from pipeline.token_embeddings import compute_token_embeddings
 from pipeline.training import Settings, Training, check_enough_texts
 from pipeline.training_data import read_sts, read_training_texts
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_argument_group("texts to train on")
     texts.add_argument(
         "--sentences",
+        type=local_path,
         action="append",
         default=[],
         metavar="FILE",
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     texts.add_argument(
         "--pairs",
+        type=local_path,
         action="append",
         default=[],
         metavar="FILE",
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     texts.add_argument(
         "--documents",
+        type=local_path,
         action="append",
         default=[],
         metavar="FILE",
@@ -94,14 +97,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--sts",
+        type=local_path,
         metavar="FILE",
         help="scored pairs (.parquet or .jsonl: split, score, sentence1, sentence2): the epoch that is best on the "
         "split `dev` is kept; without it the last one",
     )
     results = parser.add_argument_group("results")
-    results.add_argument("--output", required=True, metavar="DIR", help="folder of the checkpoint")
+    results.add_argument(
+        "--output", type=local_path, required=True, metavar="DIR", help="local folder of the checkpoint"
+    )
     results.add_argument(
         "--work_folder",
+        type=local_path,
         metavar="DIR",
         help="where token embeddings and the state of the training are kept meanwhile, 768 bytes a token for a BERT "
         "384 wide (default: DIR/training)",

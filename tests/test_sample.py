@@ -5,6 +5,9 @@ import pytest
 
 from pipeline import sample
 from pipeline.__main__ import main
+from transforms import storage
+
+pytest_plugins = ["gcs_emulator"]
 
 SOURCES = {
     "zipped.py": '''
@@ -123,6 +126,26 @@ def test_the_command_replaces_a_file_and_says_what_it_wrote(library, tmp_path, c
         id for id, *_ in EXPECTED
     ]
     assert str(path) in capsys.readouterr().out
+
+
+def test_the_command_replaces_an_object_on_gs(library, gcs_bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = f"{gcs_bucket}/corpora/sample.jsonl"
+    storage.create_exclusively(url, b"old")
+    assert main(["sample", "--output", url]) == 0
+    lines = storage.open_for_reading(url).read().splitlines()
+    assert [json.loads(line) for line in lines] == list(sample.docstrings(library))
+    assert not (tmp_path / "gs:").exists()
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/file", "gs://bucket", "gs://bucket/folder/", "gs:/bucket/file", ""])
+def test_a_place_that_no_file_can_be_written_to_is_refused(output, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refused:
+        main(["sample", f"--output={output}"])
+    assert refused.value.code == 2
+    assert f"argument --output: {output!r} is neither a file of this machine nor gs://" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_this_pythons_library_is_a_corpus():

@@ -369,6 +369,24 @@ def test_a_work_folder_that_is_kept_serves_the_next_training(command, tmp_path, 
     assert train.run(parsed(options)) == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["sentences", "pairs", "documents", "sts", "output", "work_folder"]),
+        ("evaluate", ["sts", "documents", "retrieval"]),
+    ],
+)
+@pytest.mark.parametrize("url", ["gs://bucket/x.jsonl", "gs:/bucket/x", "s3://bucket/x"])
+def test_paths_of_other_storage_are_refused_before_anything_is_read(command, options, url, capsys):
+    for option in options:
+        with pytest.raises(SystemExit) as refused:
+            main([command, f"--{option}={url}"])
+        assert refused.value.code == 2
+        said = capsys.readouterr().err
+        assert f"argument --{option}: {url!r} is not on this machine" in said
+        assert "gcloud storage cp" in said
+
+
 def test_resume_without_a_training_is_refused(command):
     with pytest.raises(FileNotFoundError, match="no training to resume"):
         train.run(parsed([*command, "--resume"]))
