@@ -90,8 +90,14 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
     portable, server = options.view_as(PortableOptions), options.view_as(JobServerOptions)
     if options.view_as(FlinkRunnerOptions).flink_submit_uber_jar:
         raise ValueError("--flink_submit_uber_jar is not supported: leave it out, and the job server submits the job")
+    master = master_of(given)
+    if master and master.startswith("[") and not re.match(r"\[[0-9a-fA-F:.]+\]:", master):  # An IPv6 address is one.
+        raise ValueError(
+            f"--flink_master {master!r} is no cluster: name its HOST:PORT, or take {LOCAL}, an embedded Flink, which "
+            "runs too where you leave the option out"
+        )
     defaults = dict(_DEFAULTS)
-    if master_of(given) is None and not portable.job_endpoint:
+    if master is None and not portable.job_endpoint:
         defaults["flink_master"] = LOCAL
         if options.view_as(FlinkRunnerOptions).flink_job_server_jar is None:
             defaults["flink_version"] = TESTED_FLINK_VERSION  # Beam would take its newest, built here or not.

@@ -98,6 +98,8 @@ def test_an_installed_package_has_no_setup_file():
 @pytest.mark.parametrize(
     ("given", "told"),
     [
+        (["--flink_master=[collection]"], "--flink_master '[collection]' is no cluster: name its HOST:PORT, or"),
+        (["--flink_master=[local"], "--flink_master '[local' is no cluster"),
         (["--flink_submit_uber_jar"], "--flink_submit_uber_jar is not supported"),
         (["--flink_master=flink:8081", "--environment_type=LOOPBACK"], "flink:8081 cannot reach: leave it out"),
         (["--job_endpoint=flink:8099", "--environment_type=LOOPBACK"], "flink:8099 cannot reach: leave it out"),
@@ -117,6 +119,7 @@ def test_options_that_cannot_work_are_refused(given, told, capsys):
 def test_what_workers_of_another_machine_see_or_what_stays_here_is_taken():
     parse(["--runner=flink", *ELSEWHERE, "--input=/shared/in.jsonl", "--output=/shared/out"])
     parse(["--runner=flink", "--flink_master=localhost:8081"])
+    parse(["--runner=flink", "--flink_master=[::1]:8081"])
 
 
 def test_the_job_servers_own_options_are_known():
