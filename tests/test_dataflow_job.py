@@ -18,7 +18,7 @@ from embed_runs import contents_of, counts_of, latest, rows_of
 from fake_dataflow import JOB_ID, FakeDataflow, run_staged, running_dataflow
 
 from pipeline.__main__ import main
-from transforms import storage
+from transforms import gcs, storage
 from transforms.snapshots import read_latest
 
 pytest_plugins = ["gcs_emulator"]
@@ -187,6 +187,13 @@ def test_a_job_that_is_done_is_published(bucket, capsys):
     out = capsys.readouterr().out
     assert f"https://console.cloud.google.com/dataflow/jobs/us-central1/{JOB_ID}?project=project-1" in out
     assert f"published  snapshot={snapshot.name}" in out
+    # Nothing else is left, not even an empty object that stands for a folder, nor beside the output folder.
+    blobs = gcs.storage_client().list_blobs(bucket.removeprefix("gs://"), prefix="output")
+    assert {blob.name for blob in blobs} == {
+        "output/LATEST",
+        f"output/snapshot={snapshot.name}/embeddings-00000-of-00001.parquet",
+        f"output/snapshot={snapshot.name}/manifest.json",
+    }
 
 
 def failure(bucket: str, capsys, service: FakeDataflow) -> str:
