@@ -158,9 +158,9 @@ def _write(file: str | Path, library: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".sample-") as scratch:
         written = Path(scratch) / path.name
-        with open(written, "w", encoding="utf-8", newline="\n") as file:
+        with open(written, "w", encoding="utf-8", newline="\n") as output:
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in docstrings(library))
-            count = sum(1 for _ in map(file.write, lines))
+            count = sum(1 for _ in map(output.write, lines))
         if count == 0:
             raise FileNotFoundError(
                 f"no docstrings in {library}: this Python came without the sources of its standard library; name a "
