@@ -287,7 +287,11 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
             "gcloud storage",
         ),
         ([*HERE, "--input=file:///a.txt"], "--input 'file:///a.txt' is on this machine", "gcloud storage"),
-        ([*HERE, "--output=s3://b/o"], "--output 's3://b/o' is not on gs://: name a folder on gs://", "give --bucket"),
+        (
+            [*HERE, "--output=s3://b/o"],
+            "--output: 's3://b/o' is neither a folder of this machine nor gs://bucket/folder",
+            "",
+        ),
         ([*HERE, "--checkpoint=s3://b/c"], "--checkpoint 's3://b/c' is not on gs://", "copy it there"),
         ([*HERE, "--output=output"], "--output 'output' is on this machine", "give --bucket"),
         (

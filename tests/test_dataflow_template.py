@@ -47,7 +47,7 @@ EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
     "output": (["gs://b", "gs://b/out"], ["/out", "s3://b/out", "gs://"]),
     "text_field": (["title", "title,body"], ["", "a,,b"]),
     "id_field": (["url", ""], ["a\nb"]),
-    "keep_fields": (["lang,stars:int16"], [""]),
+    "keep_fields": (["lang,stars:int16", "price:decimal128(5,2),lang"], [""]),
     "max_document_bytes": (["1", "67108864"], ["0", "-1", "1.5", "many"]),
     "rows_per_shard": (["1", "250000"], ["0", ""]),
     "keep_snapshots": (["3"], ["0"]),
@@ -171,7 +171,7 @@ def test_switches_and_lists_are_what_the_parser_says():
     repeatable = {
         name for name, action in actions.items() if type(action).__name__ in ("_AppendAction", "_ExtendAction")
     }
-    assert set(module.LISTS) == repeatable
+    assert set(module.LISTS) == repeatable - {"keep_fields"}
     assert set(module.SWITCHES) == {name for name, p in PARAMETERS.items() if p["paramType"] == "BOOLEAN"}
 
 

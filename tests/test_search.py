@@ -82,7 +82,9 @@ def test_an_older_snapshot_can_be_searched(tmp_path, encoder, tiny_checkpoint, c
 )
 def test_hits_are_those_of_a_full_sort(tmp_path_factory, monkeypatch, seeds, top, rows_per_shard, batch_rows):
     read_shard = snapshots.read_shard
-    monkeypatch.setattr(snapshots, "read_shard", lambda path, columns, _: read_shard(path, columns, batch_rows))
+    monkeypatch.setattr(
+        snapshots, "read_shard", lambda path, columns, _, rows: read_shard(path, columns, batch_rows, rows)
+    )
     rows = [embedding(f"{i:02}", vector=unit_vector(seed)) for i, seed in enumerate(seeds)]  # Many are the same.
     snapshot = publish_rows(str(tmp_path_factory.mktemp("search")), rows, rows_per_shard=rows_per_shard)
     query = unit_vector(99)

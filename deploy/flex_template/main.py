@@ -7,8 +7,11 @@ from collections.abc import Sequence
 SWITCHES = ("full", "gpu_everywhere")
 """Options without a value; as parameters they are `true` or `false`."""
 
-LISTS = ("input", "text_field", "keep_fields")
-"""Options that may be repeated; as parameters their values are parted by commas."""
+LISTS = ("input", "text_field")
+"""Options that may be repeated; as parameters their values are parted by commas.
+
+`keep_fields` parts its fields by commas itself, and types such as decimal128(5,2) hold some: its value stays whole.
+"""
 
 
 def options_of(parameters: Sequence[str], image: str) -> list[str]:
