@@ -144,10 +144,9 @@ class Cluster:
                 continue
         return found
 
-    def kill_worker(self) -> None:
-        """Kills a process that does the work, the one that has worked the longest."""
-        workers = [process for process, command in self.processes().items() if _HARNESS in command]
-        os.kill(min(workers), signal.SIGKILL)
+    def workers(self) -> set[int]:
+        """Returns the ids of the processes that do the work; those of a job that was cancelled may outlive it."""
+        return {process for process, command in self.processes().items() if _HARNESS in command}
 
     def kill_task_manager(self) -> None:
         """Kills the first TaskManager."""

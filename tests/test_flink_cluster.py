@@ -266,8 +266,9 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
     assert (status, said.partition(":")[0]) == (130, "interrupted")
     assert cluster.jobs().count("CANCELED") == cancelled + 1
 
+    workers_of_earlier_jobs = cluster.workers()
     submitter = start_and_save(*cluster.staged)
-    cluster.kill_worker()
+    os.kill(min(cluster.workers() - workers_of_earlier_jobs), signal.SIGKILL)
     status, said = end_of(submitter)
     assert (status, "a worker process has died" in said) == (1, True), said
 
