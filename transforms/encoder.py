@@ -3,9 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from shutil import SameFileError, copyfile
 from typing import NamedTuple
 
 import numpy as np
@@ -15,30 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from transformers import BertModel
 
-from transforms.checkpoint import (
-    BERT_FILE,
-    BERT_SUBFOLDER,
-    LSTM_FILE,
-    POOLINGS,
-    TOKENIZER_FILE,
-    CheckpointConfig,
-    checkpoint_folder,
-    sha256_of,
-)
+from transforms.bert_origin import BertOrigin
+from transforms.checkpoint import BERT_SUBFOLDER, LSTM_FILE, POOLINGS, CheckpointConfig, checkpoint_folder
 from transforms.fingerprint import fingerprint
 from transforms.packed_bert import PackedBert
 from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
 from transforms.streams import Streams, streams
 from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
-from transforms.weights import (
-    WeightsState,
-    are_those_of_file,
-    check_vocabulary,
-    load_bert,
-    load_lstm,
-    serialized,
-)
+from transforms.weights import check_vocabulary, load_bert, load_lstm, serialized
 
 DEFAULT_MAX_TOKENS = 8192
 DEFAULT_WINDOW_TOKENS = 512
@@ -139,11 +122,7 @@ class BertLstmEncoder(nn.Module):
         self.lstm = lstm
         self.pooling = pooling
         self.tokenizer = WindowTokenizer(tokenizer, min(window_tokens, bert.config.max_position_embeddings), max_tokens)
-        self.bert_name = bert_name
-        self._bert_file = bert_file
-        self._bert_sha256: str | None = None
-        self._bert_state: WeightsState | None = WeightsState(bert)
-        self._is_rounded = False
+        self._origin = BertOrigin(bert, bert_name, bert_file)
         self._packed_bert: PackedBert | None = None
         self.eval()
 
@@ -167,12 +146,9 @@ class BertLstmEncoder(nn.Module):
 
         The LSTM stays in float32: over thousands of steps its state would gather the rounding of a smaller type.
         """
-        self._bert_sha256 = self.bert_sha256  # Of the weights as they were loaded, before rounding.
-        self._packed_bert = self._bert_state = None  # Else they would hold the old weights.
-        self.bert.to(device=device, dtype=dtype)
+        self._packed_bert = None  # Else it would hold the old weights.
+        self._origin.move(self.bert, device, dtype)
         self.lstm.to(device=device, dtype=torch.float32)
-        self._bert_state = WeightsState(self.bert)
-        self._is_rounded |= dtype != torch.float32
         return self
 
     # Model.
@@ -386,23 +362,17 @@ class BertLstmEncoder(nn.Module):
     # Checkpoints.
 
     @property
+    def bert_name(self) -> str | None:
+        """Where the BERT can be loaded from again; None where it has no name, or its weights have changed."""
+        return self._origin.name
+
+    @property
     def bert_sha256(self) -> str:
         """SHA-256 of the BERT's `model.safetensors`: as loaded or, if its weights changed, as it would be saved.
 
         Changes through `weight.data` are noticed only by `save_pretrained`, which compares the weights themselves.
         """
-        if self._bert_state is None or not self._bert_state.is_of(self.bert):
-            self._forget_file_of_other_weights()
-        if self._bert_sha256 is None:
-            file = self._bert_file
-            self._bert_sha256 = hashlib.sha256(serialized(self.bert)).hexdigest() if file is None else sha256_of(file)
-        return self._bert_sha256
-
-    def _forget_file_of_other_weights(self) -> None:
-        """Keeps name, file and SHA-256 of the BERT only if its weights are those of the file, moved or rounded."""
-        if self._bert_file is None or not are_those_of_file(self.bert, self._bert_file):
-            self.bert_name = self._bert_file = self._bert_sha256 = None
-        self._bert_state = WeightsState(self.bert)
+        return self._origin.sha256(self.bert)
 
     @property
     def lstm_sha256(self) -> str:
@@ -436,10 +406,8 @@ class BertLstmEncoder(nn.Module):
             config.pooling,
             config.window_tokens,
             config.max_tokens if max_tokens is None else max_tokens,
-            bert_name=config.bert,
-            bert_file=bert_file,
         )
-        encoder._bert_sha256 = config.bert_sha256  # Checked just now.
+        encoder._origin = BertOrigin(bert, config.bert, bert_file, config.bert_sha256)
         return encoder
 
     @classmethod
@@ -474,9 +442,7 @@ class BertLstmEncoder(nn.Module):
             there is no other place to load it from.
         """
         folder = Path(folder)
-        if self._bert_file is not None and not self._is_rounded:
-            self._forget_file_of_other_weights()
-        bert_sha256 = self.bert_sha256
+        bert_sha256 = self._origin.sha256_of_values(self.bert)
         if include_bert is False and self.bert_name is None:
             raise ValueError(
                 "the BERT has no name to load it by, or its weights changed since they were loaded: leave "
@@ -486,7 +452,7 @@ class BertLstmEncoder(nn.Module):
         if include_bert is None:
             include_bert = self.bert_name in (None, BERT_SUBFOLDER) or Path(str(self.bert_name)).is_dir()
         if include_bert:
-            self._save_bert(folder / BERT_SUBFOLDER)
+            self._origin.save(self.bert, self.tokenizer.to_json(), folder / BERT_SUBFOLDER)
         (folder / LSTM_FILE).write_bytes(serialized(self.lstm))
         CheckpointConfig(
             bert=BERT_SUBFOLDER if include_bert else str(self.bert_name),
@@ -496,16 +462,3 @@ class BertLstmEncoder(nn.Module):
             window_tokens=self.tokenizer.window_tokens,
             max_tokens=self.max_tokens,
         ).write(folder)
-
-    def _save_bert(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.bert.config.to_json_file(folder / "config.json")
-        (folder / TOKENIZER_FILE).write_text(self.tokenizer.to_json(), encoding="utf-8")
-        if self._bert_file is not None:
-            # It may hold other tensors too, a pooler say: the same weights keep the same SHA-256.
-            with suppress(SameFileError):  # Where the checkpoint is saved to the folder it was loaded from.
-                copyfile(self._bert_file, folder / BERT_FILE)
-        elif self.dtype == torch.float32:
-            (folder / BERT_FILE).write_bytes(serialized(self.bert))
-        else:
-            raise ValueError(f"the BERT's weights were rounded to {self.dtype}: save the encoder before it is moved")
