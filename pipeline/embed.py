@@ -41,11 +41,10 @@ from transforms.publish import abandon, check_not_overtaken, claim, is_running
 from transforms.read import ReadDocuments, plan_inputs
 from transforms.reconcile import REPORT_FILE, Run
 from transforms.schema import output_schema
+from transforms.shards import DamagedSnapshotError, SnapshotError
 from transforms.snapshots import (
     MANIFEST_FILE,
-    DamagedSnapshotError,
     Snapshot,
-    SnapshotError,
     check_shards,
     is_published,
     latest_version,

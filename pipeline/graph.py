@@ -24,7 +24,8 @@ from transforms.known_vectors import ReadKnownVectors, WorkSaver
 from transforms.loaded_encoder import Encoded, Failed
 from transforms.reconcile import PublishSnapshot, Run
 from transforms.schema import Document, Rejected
-from transforms.snapshots import Shard, work_folder
+from transforms.shards import Shard
+from transforms.snapshots import work_folder
 from transforms.tally import CountElements, Tally
 from transforms.write import WriteEmbeddings, WriteRejected
 

@@ -15,7 +15,8 @@ from pipeline.text_table import text_pairs, text_table
 from transforms.audit import audit
 from transforms.diff import CATEGORIES, diff
 from transforms.schema import REJECT_REASONS
-from transforms.snapshots import Snapshot, embeddings_of, list_published, read_shard
+from transforms.shards import embeddings_of, read_shard
+from transforms.snapshots import Snapshot, list_published
 
 SAMPLED_SHARDS = 8
 SAMPLED_ROWS_PER_SHARD = 12_500

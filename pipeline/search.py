@@ -15,14 +15,8 @@ from pipeline.option_types import positive
 from pipeline.text_table import text_table
 from transforms.fields import storage_type
 from transforms.schema import FIXED_COLUMNS
-from transforms.snapshots import (
-    Snapshot,
-    embeddings_of,
-    is_snapshot_name,
-    read_latest,
-    read_snapshot,
-    snapshot_folder,
-)
+from transforms.shards import embeddings_of
+from transforms.snapshots import Snapshot, is_snapshot_name, read_latest, read_snapshot, snapshot_folder
 
 _PREFIX = snapshot_folder("", "").lstrip("/")
 """What the names of snapshots' folders begin with."""

@@ -10,7 +10,7 @@ from snapshot_helper import embedding, publish_rows, unit_vector
 from transforms import id_partitions
 from transforms.diff import CATEGORIES, NUM_EXAMPLES, diff
 from transforms.id_partitions import IdPartitions, partition_count
-from transforms.snapshots import DamagedSnapshotError
+from transforms.shards import DamagedSnapshotError
 
 pytest_plugins = ["gcs_emulator"]
 

@@ -10,7 +10,7 @@ from apache_beam.runners.portability import prism_runner
 
 from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
 from pipeline.runners import PRISM
-from transforms.snapshots import DamagedSnapshotError
+from transforms.shards import DamagedSnapshotError
 
 HINT = "--traceback before the command shows where in the code"
 

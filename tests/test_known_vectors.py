@@ -22,7 +22,8 @@ from transforms import known_vectors, storage
 from transforms.incremental import PREVIOUS, unpack
 from transforms.known_vectors import ReadKnownVectors, WorkSaver, find_work, flush_work, read_work, write_work
 from transforms.schema import EMBEDDING_DIM, content_hash
-from transforms.snapshots import DamagedSnapshotError, Shard, read_shard, work_folder
+from transforms.shards import DamagedSnapshotError, Shard, read_shard
+from transforms.snapshots import work_folder
 
 pytest_plugins = ["gcs_emulator"]
 

@@ -30,8 +30,8 @@ from transforms.publish import (
     remove_old,
 )
 from transforms.schema import Rejected
+from transforms.shards import BrokenShardError
 from transforms.snapshots import (
-    BrokenShardError,
     LatestVersion,
     check_shards,
     latest_version,

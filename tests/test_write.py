@@ -29,7 +29,7 @@ from snapshot_helper import embedding
 
 from transforms import storage, write
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, output_schema, pack_row
-from transforms.snapshots import BrokenShardError, open_shard
+from transforms.shards import BrokenShardError, open_shard
 from transforms.write import (
     COMPRESSIONS,
     PARTS_FOLDER,

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from transforms import storage
 from transforms.id_partitions import IdPartitions, partition_count
 from transforms.schema import FIXED_COLUMNS
-from transforms.snapshots import DamagedSnapshotError, Snapshot, embeddings_of, open_shard, read_shard
+from transforms.shards import DamagedSnapshotError, embeddings_of, open_shard, read_shard
+from transforms.snapshots import Snapshot
 from transforms.storage import checksum, join
 
 UNIT_LENGTH_TOLERANCE = 1e-3

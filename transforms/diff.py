@@ -14,7 +14,8 @@ import pyarrow as pa
 from transforms.fields import storage_type
 from transforms.id_partitions import IdPartitions, partition_count
 from transforms.schema import FIXED_COLUMNS
-from transforms.snapshots import DamagedSnapshotError, Snapshot
+from transforms.shards import DamagedSnapshotError
+from transforms.snapshots import Snapshot
 
 CATEGORIES: Mapping[str, str] = {
     "added": "ids that only the second snapshot has",

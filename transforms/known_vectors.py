@@ -19,16 +19,8 @@ from apache_beam.pvalue import TaggedOutput
 from transforms import progress, storage
 from transforms.incremental import PREVIOUS, KnownVector, pack
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS
-from transforms.snapshots import (
-    NAME_FORMAT,
-    DamagedSnapshotError,
-    Shard,
-    check_checksum,
-    list_work,
-    open_shard,
-    read_shard,
-    work_folder,
-)
+from transforms.shards import DamagedSnapshotError, Shard, check_checksum, open_shard, read_shard
+from transforms.snapshots import NAME_FORMAT, list_work, work_folder
 
 MAX_WORK_TEXTS = 16_384
 """Vectors that are saved at once at most; they take 17 MB."""

@@ -21,16 +21,14 @@ from typing import Any
 from transforms import storage
 from transforms.manifest import check_manifest
 from transforms.process_identity import is_alive, this_process
+from transforms.shards import BrokenShardError, DamagedSnapshotError, SnapshotError
 from transforms.snapshots import (
     CLAIMS_FOLDER,
     MANIFEST_FILE,
     NAME_FORMAT,
     WORK_FOLDER,
-    BrokenShardError,
-    DamagedSnapshotError,
     LatestVersion,
     Snapshot,
-    SnapshotError,
     check_files,
     history,
     is_published,

@@ -22,7 +22,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from transforms import storage
 from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, pack_row
-from transforms.snapshots import BrokenShardError, DamagedSnapshotError, open_shard
+from transforms.shards import BrokenShardError, DamagedSnapshotError, open_shard
 
 ROWS_PER_SHARD = 250_000
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
