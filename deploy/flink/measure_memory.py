@@ -1,6 +1,6 @@
-"""Measures the memory of an embedded Flink and of Python for corpora of growing size; not part of the tests.
+"""Measures the memory of an embedded Flink, or of the local runner, for corpora of growing size; not part of the tests.
 
-  .venv/bin/python deploy/flink/measure_memory.py [--heap 2g] [SIZE ...]
+  .venv/bin/python deploy/flink/measure_memory.py [--runner {flink,local}] [--heap 2g] [SIZE ...]
 
 Each size is a number of short documents, half of them with a text that another one has too. They are embedded with a
 tiny encoder of random weights: what is measured is the job, not the model. Memory that does not grow with the corpus
@@ -80,11 +80,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", type=int, default=_SIZES, metavar="SIZE", help="numbers of documents")
     parser.add_argument("--heap", default="2g", help="of Java, -Xmx; default %(default)s")
-    parser.add_argument("--local", action="store_true", help="measure the local runner too")
+    parser.add_argument("--runner", choices=("flink", "local"), default="flink", help="default %(default)s")
     arguments = parser.parse_args()
-    runners = {"flink": ["flink", f"--job_server_jvm_properties=-Xmx{arguments.heap}"]}
-    if arguments.local:
-        runners["local"] = ["local"]
+    options = [f"--job_server_jvm_properties=-Xmx{arguments.heap}"] if arguments.runner == "flink" else []
     print(f"{'runner':8}{'documents':>12}{'corpus MB':>12}{'seconds':>10}{'Java MB':>10}{'Python MB':>12}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "tiny"
@@ -92,14 +90,13 @@ def main() -> None:
         for size in arguments.sizes:
             corpus = Path(folder) / f"{size}.jsonl"
             write_corpus(corpus, size)
-            for name, runner in runners.items():
-                seconds, peaks = measure(runner, corpus, checkpoint, Path(folder) / f"{name}-{size}")
-                megabytes = corpus.stat().st_size / 1e6
-                print(
-                    f"{name:8}{size:12,}{megabytes:12,.0f}{seconds:10,.0f}{peaks.get('java', 0):10,}"
-                    f"{peaks['python']:12,}",
-                    flush=True,
-                )
+            seconds, peaks = measure([arguments.runner, *options], corpus, checkpoint, Path(folder) / f"out-{size}")
+            megabytes = corpus.stat().st_size / 1e6
+            print(
+                f"{arguments.runner:8}{size:12,}{megabytes:12,.0f}{seconds:10,.0f}{peaks.get('java', 0):10,}"
+                f"{peaks['python']:12,}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
