@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ def plan(options: EmbedOptions) -> Job | None:
         options = replace(options, output=_absolute(options.output), checkpoint=checkpoint)
     if flink.is_flink(options.runner):
         options = replace(options, beam_options=tuple(prepare(options.beam_options)))
+        if flink.is_loopback(options.beam_options):
+            import_module(flink.WORKER_PLUGIN)  # This process is the worker, and Beam imports plugins only in others.
     encoder = describe_encoder(options.checkpoint, options.max_tokens)
     # Other storage than gs:// is reached with them; Beam hands them over only when a pipeline is made.
     FileSystems.set_options(PipelineOptions(list(options.beam_options)))

@@ -29,6 +29,9 @@ BUILD_COMMAND = "deploy/flink/build-job-server.sh"
 BUILT_JAR = ".cache/flink/job-server/*job-server*.jar"
 """Made by the command, both from the repository's root."""
 
+WORKER_PLUGIN = "pipeline.flink_worker"
+"""What each worker imports before it begins."""
+
 ROWS_PER_SHARD = 20_000
 """The most rows of a file where nobody says: Flink hands all rows of one to its writer at once, in memory."""
 
@@ -119,7 +122,9 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
             "machine see with --artifacts_dir, on gs:// or on a shared disk"
         )
     names = {option.partition("=")[0] for option in given}
-    return [*given, *(f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in names)]
+    plugin = f"--beam_plugin={WORKER_PLUGIN}"  # Beside those that were given.
+    added = [f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in names]
+    return [*given, *added, *([] if plugin in given else [plugin])]
 
 
 def master_of(beam_options: Sequence[str]) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 from apache_beam.runners.portability.job_server import JavaJarJobServer
 from flink_cluster import BUILD, ROOT, SCRIPT, free_ports, wait_until
 
@@ -25,6 +26,7 @@ from pipeline.options import parse
 
 SETUP = "/a/setup.py"
 FLINK = "--runner=FlinkRunner"
+PLUGIN = "--beam_plugin=pipeline.flink_worker"
 
 
 def added(*given: str) -> set[str]:
@@ -41,6 +43,7 @@ ALWAYS = {
     "--max_bundle_size=1000000",
     "--max_bundle_time_mills=60000",
     "--faster_copy=true",
+    PLUGIN,
 }
 
 
@@ -87,8 +90,14 @@ def test_what_flink_needs_is_filled_in(given, expected):
 
 
 def test_what_a_person_gives_stands():
-    given = {option.partition("=")[0] + "=7" for option in ALWAYS - {"--faster_copy=true"}} | {"--faster_copy=false"}
+    numbers = ALWAYS - {"--faster_copy=true", PLUGIN}
+    given = {option.partition("=")[0] + "=7" for option in numbers} | {"--faster_copy=false", PLUGIN}
     assert added(*given) == {"--flink_master=[local]", "--flink_version=1.19", "--environment_type=LOOPBACK"}
+
+
+def test_a_plugin_of_ones_own_is_imported_beside_ours():
+    completed = flink.complete([FLINK, "--beam_plugin=mine"], None)
+    assert PipelineOptions(completed).view_as(SetupOptions).beam_plugins == ["mine", flink.WORKER_PLUGIN]
 
 
 def test_an_installed_package_has_no_setup_file():
