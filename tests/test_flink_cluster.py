@@ -149,11 +149,12 @@ def test_a_cluster_gives_what_the_local_runner_gives(local, remote):
     assert_nothing_but_snapshots(Path(remote.output))
 
 
-def test_each_task_managers_one_process_loads_the_model_once(cluster, remote):
+def test_each_task_managers_one_process_loads_the_model_once_and_never_waits_for_flink(cluster, remote):
     loaded = [re.search(r"process (\d+) has loaded", line) for line in cluster.log_lines("has loaded the encoder")]
     processes = [found[1] for found in loaded if found]
     assert len(processes) == 2
     assert len(set(processes)) == 2
+    assert len(cluster.log_lines("outputs wait on disk")) == 2
 
 
 @pytest.mark.timeout(1800)  # Half a million tokens, twice.
