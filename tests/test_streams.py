@@ -1,6 +1,12 @@
 """Threads that compute side by side."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +16,8 @@ from tokenized_texts import tokenized_documents
 
 from transforms.loaded_encoder import Encoded, LoadedEncoder
 from transforms.streams import Streams, streams
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -57,6 +65,100 @@ def test_an_error_ends_the_work_and_is_raised(three_threads):
     assert len(taken) < 10_000
     some.for_each(taken.append, ["more"])
     assert taken[-1] == "more"
+
+
+def test_ctrl_c_ends_the_work_and_nothing_goes_on(three_threads):
+    taken = []
+
+    def take(item: int) -> None:
+        taken.append(item)
+        if item == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # Heard by the main thread, which waits.
+        time.sleep(0.02)
+
+    with pytest.raises(KeyboardInterrupt):
+        Streams(2).for_each(take, range(10_000))
+    count = len(taken)
+    assert count < 100
+    time.sleep(0.1)
+    assert len(taken) == count
+
+
+def test_no_call_goes_on_when_an_error_is_raised(three_threads):
+    going_on = []
+
+    def take(item: int) -> None:
+        if item == 0:
+            raise ValueError("item 0")
+        going_on.append(item)
+        time.sleep(0.2)
+        going_on.remove(item)
+
+    with pytest.raises(ValueError, match="item 0"):
+        Streams(3).for_each(take, range(3))
+    assert going_on == []
+
+
+def test_threads_that_cannot_be_started_are_told_and_the_others_end(three_threads, monkeypatch):
+    start, before = threading.Thread.start, threading.active_count()
+
+    def start_one(thread: threading.Thread) -> None:
+        if thread.name == "stream_1":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Streams(2)
+    assert torch.get_num_threads() == 3
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def run_script(script: str) -> str:
+    """Returns what a program prints that begins with an encoder and two threads."""
+    start = """
+import os, signal, sys, threading, time
+import torch
+from conftest import make_tiny_encoder
+torch.set_num_threads(2)
+encoder = make_tiny_encoder()
+texts = ["read the zip"] * 200
+vectors = encoder.encode(texts, max_batch_tokens=64)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", start + script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    return done.stdout.strip()
+
+
+def test_a_forked_process_makes_its_own():
+    script = """
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(2)
+    os._exit(0 if (encoder.encode(texts, max_batch_tokens=64) == vectors).all() else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run_script(script) == "0"
+
+
+def test_a_process_ends_without_waiting_for_streams():
+    script = """
+from transforms.streams import streams
+threading.Thread(target=lambda: streams().for_each(lambda _: time.sleep(600), [1, 2]), daemon=True).start()
+time.sleep(0.5)
+print("ends")
+"""
+    assert run_script(script) == "ends"
 
 
 def test_other_threads_keep_their_cores(three_threads):
