@@ -113,6 +113,63 @@ def test_a_layer_of_another_kind_is_left_to_the_model():
     assert not PackedBert.fits(bert)
 
 
+class Adapter(torch.nn.Module):
+    """A linear layer with something added, whose own weight tells nothing of that."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base_layer, self.added = base, torch.nn.Linear(base.in_features, base.out_features)
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, states):
+        return self.base_layer(states) + self.added(states)
+
+
+def adapt(bert):
+    bert.encoder.layer[0].output.dense = Adapter(bert.encoder.layer[0].output.dense)
+
+
+def hook(bert):
+    bert.encoder.layer[0].output.dense.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def hook_before(bert):
+    bert.encoder.layer[0].output.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2, inputs[1]))
+
+
+def activate_otherwise(bert):
+    bert.encoder.layer[0].intermediate.intermediate_act_fn = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize("change", [adapt, hook, hook_before, activate_otherwise])
+def test_parts_that_were_replaced_or_hooked_are_computed(change):
+    encoder = make_tiny_encoder()
+    before = encoder.encode(["read a zip file"])
+    change(encoder.bert)
+    (window,) = encoder.tokenizer.windows(encoder.tokenizer.tokenize(["read a zip file"])[0].token_ids)
+    with torch.no_grad():
+        expected = encoder(torch.from_numpy(window)[None]).numpy()
+    np.testing.assert_allclose(encoder.encode(["read a zip file"]), expected, atol=1e-6)
+    assert not np.allclose(before, expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_a_quantized_model_is_left_to_itself():
+    bert = make_bert()
+    quantized = torch.ao.quantization.quantize_dynamic(bert, {torch.nn.Linear})
+    assert not PackedBert.fits(quantized)
+
+
+def test_attention_that_would_take_much_memory_is_fused(monkeypatch):
+    bert, windows = make_bert().to(torch.bfloat16), some_windows(LENGTHS)
+    held = packed(bert, windows)
+    monkeypatch.setattr(packed_bert, "_attend_by_products", lambda _: pytest.fail("would hold the scores"))
+    monkeypatch.setattr(packed_bert, "_MAX_SCORES_BYTES", 0)
+    np.testing.assert_allclose(packed(bert, windows), held, atol=0.1)
+
+
 def test_equal_lengths_that_follow_each_other_are_one_run():
     assert packed_bert._runs_of_equal_length([4, 4, 2, 4]) == [(2, 4), (1, 2), (1, 4)]
 

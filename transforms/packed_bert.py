@@ -7,11 +7,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BertModel
+from transformers.activations import ACT2FN
 
 from transforms.weights import WeightsState
 
-_FUSED_ACTIVATIONS = {"gelu": "gelu", "relu": "relu"}
-"""Activations, by Hugging Face's names, that oneDNN computes while it writes a product, by its own names."""
+_FUSED_ACTIVATIONS = {"gelu", "relu"}
+"""Activations that oneDNN computes while it writes a product; Hugging Face's names are its own too."""
+
+_PLAIN_MODULES = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, nn.Tanh}
+"""What a BertModel consists of, beside the classes of its own file and its activation."""
+
+_MAX_SCORES_BYTES = 64 << 20
+"""Of the attention's scores at once, where they are held: 512 tokens of four windows take up a half of it."""
 
 _USUAL_ROWS = 2048
 """Tokens that oneDNN lays weights out for; any number of them is computed."""
@@ -52,12 +59,12 @@ class PackedBert:
 
     @staticmethod
     def fits(bert: BertModel) -> bool:
-        """Returns whether a model is the plain encoder that is computed here, on a CPU."""
+        """Returns whether a model is the plain encoder that is computed here, no part replaced or hooked, on a CPU."""
         return (
             type(bert) is BertModel
             and not bert.config.is_decoder
             and all(weight.device.type == "cpu" for weight in bert.parameters())
-            and all(type(module) is nn.Linear for module in bert.encoder.modules() if isinstance(module, nn.Linear))
+            and all(_is_plain(module, bert.config.hidden_act) for module in bert.modules())
         )
 
     def is_of(self, bert: BertModel) -> bool:
@@ -96,13 +103,15 @@ class PackedBert:
           (tokens, width).
         """
         width = query_key_value.shape[1] // 3
-        attend = _attend_by_products if query_key_value.dtype == torch.bfloat16 else _attend_fused
+        is_bfloat16 = query_key_value.dtype == torch.bfloat16
         attended = query_key_value.new_empty(len(query_key_value), width)
         start = 0
         for count, length in runs:
             end = start + count * length
             # (3, count, heads, length, width of a head)
             parts = query_key_value[start:end].view(count, length, 3, self._heads, -1).permute(2, 0, 3, 1, 4)
+            scores_bytes = count * self._heads * length**2 * query_key_value.element_size()
+            attend = _attend_by_products if is_bfloat16 and scores_bytes <= _MAX_SCORES_BYTES else _attend_fused
             attended[start:end].view(count, length, self._heads, -1).copy_(attend(parts).transpose(1, 2))
             start = end
         return attended
@@ -121,6 +130,15 @@ def _attend_by_products(parts: Tensor) -> Tensor:
     nothing = query.new_zeros(1, 1, 1)
     scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=width**-0.5)
     return torch.bmm(scores.softmax(dim=-1), value).view(count, heads, length, width)
+
+
+def _is_plain(module: nn.Module, activation: Any) -> bool:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    kind = type(module)
+    if kind in _PLAIN_MODULES or kind.__module__ == BertModel.__module__:
+        return True
+    return isinstance(activation, str) and kind is type(ACT2FN[activation])
 
 
 def _runs_of_equal_length(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -143,7 +161,7 @@ def _pack(layer: nn.Module, activation: Any) -> _Layer:
     parts = attention.self.query, attention.self.key, attention.self.value
     weight = torch.cat([part.weight for part in parts])
     inner = layer.intermediate.dense
-    fused = _FUSED_ACTIVATIONS.get(activation, "none") if _is_packable(inner.weight) else "none"
+    fused = activation if activation in _FUSED_ACTIVATIONS and _is_packable(inner.weight) else "none"
     intermediate = _product(inner.weight, inner.bias, fused)
     if fused == "none":
         plain, activate = intermediate, layer.intermediate.intermediate_act_fn
