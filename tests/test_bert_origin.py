@@ -15,8 +15,14 @@ def test_a_checkpoint_of_its_own_bert_can_be_saved_anywhere_but_not_from_rounded
     loaded.save_pretrained(tmp_path / "copy")  # The file is copied, not the rounded weights.
     assert BertLstmEncoder.from_pretrained(tmp_path / "copy").fingerprint() == loaded.fingerprint()
     rounded = make_tiny_encoder().on("cpu", torch.bfloat16)
-    with pytest.raises(ValueError, match=r"rounded to torch\.bfloat16"):
-        rounded.save_pretrained(tmp_path / "rounded")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="save the encoder before it is rounded"):
+            rounded.save_pretrained(tmp_path / "rounded")
+        assert list((tmp_path / "rounded").iterdir()) == []
+        rounded.on("cpu")  # It brings back the type, not the weights.
+    double(rounded.bert.embeddings.word_embeddings.weight)  # Trained on, it is what it is.
+    rounded.save_pretrained(tmp_path / "rounded")
+    assert BertLstmEncoder.from_pretrained(tmp_path / "rounded").fingerprint() == rounded.fingerprint()
 
 
 def double(weight: torch.Tensor) -> None:
@@ -59,8 +65,11 @@ def test_a_bert_that_is_only_moved_or_rounded_stays_what_it_was_loaded_as(tmp_pa
     fingerprint = loaded.fingerprint()
     loaded.bert.to(torch.bfloat16)
     assert loaded.fingerprint() == fingerprint
+    loaded.on("cpu").save_pretrained(tmp_path / "by itself")
+    assert loaded.fingerprint() == fingerprint
     loaded.on("cpu", torch.float16).on("cpu").save_pretrained(tmp_path / "rounded")
-    assert BertLstmEncoder.from_pretrained(tmp_path / "rounded").fingerprint() == fingerprint
+    for name in ("by itself", "rounded"):
+        assert BertLstmEncoder.from_pretrained(tmp_path / name).fingerprint() == fingerprint
 
 
 def test_a_changed_bert_of_a_package_goes_into_the_checkpoint(tmp_path):

@@ -55,15 +55,16 @@ class BertOrigin:
         """Keeps what is known of the file only if the weights are those of the file, moved or rounded."""
         if self._file is None or not are_those_of_file(bert, self._file):
             self.name = self._file = self._sha256 = None
+            self._is_rounded = bert.dtype != torch.float32
         self._state = WeightsState(bert)
 
     def move(self, bert: BertModel, device: str | torch.device, dtype: torch.dtype) -> None:
         """Moves a BERT to a device and a type; its SHA-256 stays that of the weights before rounding."""
         self.sha256(bert)
         self._state = None  # Else it would hold the old weights.
+        self._is_rounded |= (bert.dtype, dtype) != (torch.float32, torch.float32)
         bert.to(device=device, dtype=dtype)
         self._state = WeightsState(bert)
-        self._is_rounded |= dtype != torch.float32
 
     def save(self, bert: BertModel, tokenizer_json: str, folder: Path) -> None:
         """Writes configuration, tokenizer and weights to a folder, which is made where missing.
@@ -71,14 +72,17 @@ class BertOrigin:
         Raises:
           ValueError: only rounded weights are left.
         """
+        if self._file is None and self._is_rounded:
+            raise ValueError(
+                f"the BERT's weights were rounded, are {bert.dtype} now, and no file has them as they were: save the "
+                "encoder before it is rounded"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         bert.config.to_json_file(folder / "config.json")
         (folder / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
-        if self._file is not None:
+        if self._file is None:
+            (folder / BERT_FILE).write_bytes(serialized(bert))
+        else:
             # It may hold other tensors too, a pooler say: the same weights keep the same SHA-256.
             with suppress(SameFileError):  # Where the checkpoint is saved to the folder it was loaded from.
                 copyfile(self._file, folder / BERT_FILE)
-        elif bert.dtype == torch.float32:
-            (folder / BERT_FILE).write_bytes(serialized(bert))
-        else:
-            raise ValueError(f"the BERT's weights were rounded to {bert.dtype}: save the encoder before it is moved")
