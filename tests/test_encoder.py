@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from transforms.encoder import BertLstmEncoder
+from transforms.encoder import BertLstmEncoder, _exact_cudnn
 from transforms.weights import load_tokenizer
 
 WORDS = ["read", "the", "zip", "archive", "lines", "fast", "slow", "blue"]
@@ -240,3 +242,33 @@ def test_the_default_encoders_fingerprint_stays_what_it_is():
     """Another one, from a library's new version say, would have every user re-encode a whole corpus."""
     fingerprint = "6097206cf33da2085778f1cba5887429b9535122dcde3d432789e912ae5206a6"
     assert BertLstmEncoder.from_pretrained("default").fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+def test_an_encoder_that_has_encoded_can_be_copied(copy_of):
+    encoder = make_tiny_encoder()
+    vectors = encoder.encode(["read a zip file"])
+    copied = copy_of(encoder)
+    np.testing.assert_array_equal(copied.encode(["read a zip file"]), vectors)
+    with torch.no_grad():
+        encoder.bert.embeddings.word_embeddings.weight.mul_(2)
+    np.testing.assert_array_equal(copied.encode(["read a zip file"]), vectors)
+
+
+def test_settings_of_the_process_stay_as_they_are(tiny_encoder):
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True
+    try:
+        tiny_encoder.encode(["read a zip file"])
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, True)
+        with _exact_cudnn():
+            assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, True)
+            assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("max_batch_tokens", [0, -1])
+def test_a_batch_without_room_is_refused(tiny_encoder, max_batch_tokens):
+    with pytest.raises(ValueError, match=f"max_batch_tokens is {max_batch_tokens}"):
+        tiny_encoder.encode(["read"], max_batch_tokens)

@@ -1,10 +1,12 @@
 """BertLstmEncoder: a text through BERT, one LSTM layer and pooling to a vector of 256 numbers; knows no Beam."""
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +42,21 @@ _GROUPS_PER_STREAM = 4
 
 
 _packing = threading.Lock()
+
+
+def _forget_packing() -> None:
+    """Gives a forked process a lock that nobody holds."""
+    global _packing
+    _packing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_packing)
+
+
+def _exact_cudnn() -> AbstractContextManager[None]:
+    """Keeps a GPU from rounding the LSTM's float32 to TensorFloat-32, as it would by default."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
 
 
 class EmbeddedWindows(NamedTuple):
@@ -151,6 +168,10 @@ class BertLstmEncoder(nn.Module):
         self.lstm.to(device=device, dtype=torch.float32)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is made anew from the weights, and cannot be pickled."""
+        return self.__dict__ | {"_packed_bert": None}
+
     # Model.
 
     def token_embeddings(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -207,8 +228,7 @@ class BertLstmEncoder(nn.Module):
         """
         device = packed_token_embeddings.device
         sequence = PackedSequence(packed_token_embeddings, torch.from_numpy(slots.texts_at_step))
-        # By default a GPU would round the LSTM's float32 to TensorFloat-32.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with _exact_cudnn() if device.type == "cuda" else nullcontext():
             outputs, (last_state, _) = self.lstm(sequence)
         if self.pooling == "last":
             pooled = last_state[0]
@@ -224,6 +244,9 @@ class BertLstmEncoder(nn.Module):
     @torch.inference_mode()
     def encode(self, texts: Iterable[str], max_batch_tokens: int | None = None) -> np.ndarray:
         """Encodes texts of any length; what lies past `max_tokens` is not seen.
+
+        On a CPU the weights are laid out anew where they have changed since the last call. Changes through
+        `weight.data` go unnoticed: make them within `torch.no_grad()` instead, or call `on` after them.
 
         Args:
           texts: any number of strings; the empty one is encoded as [CLS][SEP].
@@ -259,7 +282,7 @@ class BertLstmEncoder(nn.Module):
           token_ids: each (num_tokens,), without special tokens.
           max_batch_tokens: padded area of a BERT batch; by device where None.
         """
-        budget = MAX_BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
+        budget = self._budget(max_batch_tokens)
         windows = [self.tokenizer.windows(ids) for ids in token_ids]
         lengths = np.array([sum(map(len, parts)) for parts in windows], dtype=np.int64)
         vectors = np.empty((len(windows), EMBEDDING_DIM), dtype=np.float32)
@@ -288,13 +311,20 @@ class BertLstmEncoder(nn.Module):
         Returns:
           (k,) int64 places of texts for each group, longest first.
         """
-        budget = MAX_BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
+        budget = self._budget(max_batch_tokens)
         max_tokens = budget * _BATCHES_PER_GROUP[self.device.type]
         side_by_side = self.streams()
         if side_by_side is not None:
             fair_share = int(lengths.sum()) // (side_by_side.count * _GROUPS_PER_STREAM)
             max_tokens = max(budget, min(max_tokens, fair_share))
         return list(groups_by_length(lengths, max_tokens))
+
+    def _budget(self, max_batch_tokens: int | None) -> int:
+        if max_batch_tokens is None:
+            return MAX_BATCH_TOKENS[self.device.type]
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {max_batch_tokens}: a batch has one token at least")
+        return max_batch_tokens
 
     def streams(self) -> Streams | None:
         """Returns the threads that groups are divided among; None where one group is computed at a time."""
@@ -337,7 +367,7 @@ class BertLstmEncoder(nn.Module):
         Yields:
           The longest windows first, so that memory peaks at the start; together each window once.
         """
-        budget = MAX_BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
+        budget = self._budget(max_batch_tokens)
         lengths = np.array([len(window) for window in windows], dtype=np.int64)
         if PackedBert.fits(self.bert):
             packed_bert = self._current_packed_bert()
@@ -356,6 +386,7 @@ class BertLstmEncoder(nn.Module):
     def _current_packed_bert(self) -> PackedBert:
         with _packing:  # Else each stream might make one of its own.
             if self._packed_bert is None or not self._packed_bert.is_of(self.bert):
+                self._packed_bert = None  # Else both would take up memory.
                 self._packed_bert = PackedBert(self.bert)
             return self._packed_bert
 
@@ -363,7 +394,7 @@ class BertLstmEncoder(nn.Module):
 
     @property
     def bert_name(self) -> str | None:
-        """Where the BERT can be loaded from again; None where it has no name, or its weights have changed."""
+        """Where the BERT can be loaded from; None without a name, or once its weights are seen to have changed."""
         return self._origin.name
 
     @property
