@@ -511,3 +511,16 @@ def test_a_damaged_shard_fails_the_pipeline_with_its_name(shard_paths):
     Path(shard_paths[0]).write_bytes(parquet_bytes(table(SHARDS[0]).drop_columns(["embedding"])))
     with pytest.raises(Exception, match=f"{shard_paths[0]} .*has another schema.* --full"):
         read(shard_paths)
+
+
+def test_want_of_memory_is_not_taken_for_torn_work(tmp_path, monkeypatch):
+    path = tmp_path / "vectors-1.parquet"
+    path.write_bytes(b"whole or not")
+
+    def fail(*_, **__):
+        raise pa.ArrowMemoryError("malloc of size 1 failed")
+
+    assert read_work(str(path), "f") is None
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    with pytest.raises(pa.ArrowMemoryError):
+        read_work(str(path), "f")

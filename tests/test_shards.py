@@ -1,9 +1,12 @@
 """What is read from the shards of a snapshot, and what is said of damaged ones."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from google.api_core.exceptions import Forbidden
 from google.cloud.storage import Blob
@@ -127,4 +130,19 @@ def test_vectors_of_a_batch_are_a_matrix_also_of_a_slice():
     assert NO_FIELDS.names == []
 
 
-# Work in progress.
+@pytest.mark.parametrize("raised", [pa.ArrowMemoryError("malloc of size 1 failed"), OSError(5, "Input/output error")])
+def test_want_of_memory_or_a_failing_disk_is_not_called_damage(local, monkeypatch, raised):
+    path = publish_rows(local, ROWS).shard_paths[0]
+    opened = pq.ParquetFile
+
+    class Failing(opened):
+        def iter_batches(self, *args, **kwargs):
+            raise raised
+            yield
+
+    monkeypatch.setattr(pq, "ParquetFile", Failing)
+    with pytest.raises(type(raised), match=re.escape(str(raised))):
+        list(read_shard(path))
+    monkeypatch.setattr(pq, "ParquetFile", lambda *_, **__: (_ for _ in ()).throw(raised))
+    with pytest.raises(type(raised), match=re.escape(str(raised))), open_shard(path):
+        pass

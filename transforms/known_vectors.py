@@ -167,13 +167,15 @@ def read_work(path: str, fingerprint: str) -> pa.Table | None:
             data = file.read()
     except FileNotFoundError:
         return None
-    # From memory, so that errors can only mean that the file is not whole.
+    # From memory, so that other errors can only mean that the file is not whole.
     try:
         with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
             schema = parquet.schema_arrow
             if not schema.equals(_WORK_SCHEMA) or (schema.metadata or {}).get(_ENCODER_KEY) != fingerprint.encode():
                 return None
             return parquet.read()
+    except pa.ArrowMemoryError:
+        raise  # It says nothing about the file.
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         return None
 

@@ -15,8 +15,8 @@ from transforms.schema import EMBEDDING_DIM
 BATCH_ROWS = 8192
 """Rows that are read at once, 8 MiB of vectors."""
 
-_UNREADABLE = (GcsError, PermissionError)
-"""Errors that say nothing about a shard: it may be whole, and the network or the credentials are not."""
+_UNREADABLE = (GcsError, PermissionError, MemoryError)
+"""Errors that say nothing about a shard: it may be whole, and the network, the credentials or memory are short."""
 
 _UNDECODABLE = (OSError, pa.ArrowException, UnicodeDecodeError)
 """Errors of a shard whose bytes are not what was written: pyarrow has as many kinds as a footer has places."""
@@ -81,8 +81,15 @@ def open_shard(path: str) -> Iterator[pq.ParquetFile]:
         except _UNREADABLE:
             raise
         except _UNDECODABLE as error:
+            _raise_what_the_system_says(error)
             raise DamagedSnapshotError(path, f"is not Parquet ({error})") from error
         yield shard
+
+
+def _raise_what_the_system_says(error: Exception) -> None:
+    """Raises an error of the disk, which has a number, again; those that pyarrow makes of bad bytes have none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def check_checksum(shard: Shard) -> None:
@@ -133,6 +140,7 @@ def read_shard(
             except _UNREADABLE:
                 raise
             except _UNDECODABLE as error:
+                _raise_what_the_system_says(error)
                 raise DamagedSnapshotError(path, f"cannot be decoded ({error})") from error
             if batch is None:
                 break
