@@ -45,12 +45,15 @@ def descendants(process_id: int) -> Iterator[int]:
             yield from descendants(int(child))
 
 
-def peaks_mb(process_id: int) -> dict[str, int]:
-    """Returns the most memory that each program among a process and its descendants has had so far."""
+def memory_mb(process_id: int) -> dict[str, int]:
+    """Returns the memory of the largest process of each program among a process and its descendants.
+
+    Pages of files are not counted: Flink maps what waits between two steps, and the system takes these pages back.
+    """
     found: dict[str, int] = {}
     for one in descendants(process_id):
         status = dict(line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text().splitlines())
-        kilobytes = int(status.get("VmHWM", "0 kB").split()[0])
+        kilobytes = int(status.get("RssAnon", "0 kB").split()[0])
         name = "java" if status["Name"].strip() == "java" else "python"
         found[name] = max(found.get(name, 0), kilobytes // 1024)
     return found
@@ -65,7 +68,7 @@ def measure(runner: list[str], corpus: Path, checkpoint: Path, output: Path) -> 
     peaks: dict[str, int] = {}
     while process.poll() is None:
         try:
-            for name, megabytes in peaks_mb(process.pid).items():
+            for name, megabytes in memory_mb(process.pid).items():
                 peaks[name] = max(peaks.get(name, 0), megabytes)
         except (FileNotFoundError, ProcessLookupError):
             pass  # One of them has just ended.
