@@ -1,5 +1,7 @@
 """A BERT's name and SHA-256 are those of the file it came from, until its weights are others."""
 
+import copy
+import pickle
 import shutil
 
 import numpy as np
@@ -18,7 +20,7 @@ def test_a_checkpoint_of_its_own_bert_can_be_saved_anywhere_but_not_from_rounded
     for _ in range(2):
         with pytest.raises(ValueError, match="save the encoder before it is rounded"):
             rounded.save_pretrained(tmp_path / "rounded")
-        assert list((tmp_path / "rounded").iterdir()) == []
+        assert not (tmp_path / "rounded").exists()
         rounded.on("cpu")  # It brings back the type, not the weights.
     double(rounded.bert.embeddings.word_embeddings.weight)  # Trained on, it is what it is.
     rounded.save_pretrained(tmp_path / "rounded")
@@ -45,6 +47,26 @@ def test_a_bert_that_was_changed_is_saved_as_it_is(tmp_path, tiny_checkpoint, ch
     assert saved.bert_name == "bert"
     assert saved.bert_sha256 == encoder.bert_sha256 != loaded_sha256
     assert saved.fingerprint() == encoder.fingerprint()
+
+
+def test_a_bert_without_a_file_is_saved_as_it_is_whatever_changed_it(tmp_path):
+    encoder = make_tiny_encoder()
+    before = encoder.bert_sha256
+    encoder.bert.embeddings.word_embeddings.weight.data.mul_(2)
+    encoder.save_pretrained(tmp_path)
+    assert BertLstmEncoder.from_pretrained(tmp_path).bert_sha256 == encoder.bert_sha256 != before
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda encoder: pickle.loads(pickle.dumps(encoder))])
+def test_a_copy_keeps_name_and_fingerprint_until_its_own_weights_change(copy_of, tiny_checkpoint):
+    loaded = BertLstmEncoder.from_pretrained(tiny_checkpoint)
+    for encoder in (loaded.on("cpu", torch.bfloat16).on("cpu"), make_tiny_encoder().on("cpu", torch.bfloat16)):
+        copied = copy_of(encoder)
+        assert (copied.fingerprint(), copied.bert_name) == (encoder.fingerprint(), encoder.bert_name)
+        double(copied.bert.embeddings.word_embeddings.weight)
+        assert copied.fingerprint() != encoder.fingerprint()
+    double(loaded.bert.embeddings.word_embeddings.weight)
+    assert copy_of(loaded).fingerprint() == loaded.fingerprint()
 
 
 def test_the_fingerprint_follows_every_change_of_the_bert(tiny_checkpoint):

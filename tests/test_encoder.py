@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from transforms.encoder import BertLstmEncoder, _exact_cudnn
+from transforms.packed_bert import PackedBert
 from transforms.weights import load_tokenizer
 
 WORDS = ["read", "the", "zip", "archive", "lines", "fast", "slow", "blue"]
@@ -268,7 +269,18 @@ def test_settings_of_the_process_stay_as_they_are(tiny_encoder):
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before
 
 
+def test_on_a_cpu_no_settings_of_the_process_are_touched_while_it_encodes(tiny_encoder):
+    """Encoders in other threads would set them back in another order, and leave them changed."""
+    cudnn = torch.backends.cudnn
+    settings, during = (lambda: (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)), []
+    tiny_encoder.lstm.register_forward_hook(lambda *_: during.append(settings()))
+    tiny_encoder.encode(["read a zip file"])
+    assert during == [settings()]
+
+
+@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("max_batch_tokens", [0, -1])
-def test_a_batch_without_room_is_refused(tiny_encoder, max_batch_tokens):
+def test_a_batch_without_room_is_refused(tiny_encoder, max_batch_tokens, fits, monkeypatch):
+    monkeypatch.setattr(PackedBert, "fits", lambda _: fits)
     with pytest.raises(ValueError, match=f"max_batch_tokens is {max_batch_tokens}"):
         tiny_encoder.encode(["read"], max_batch_tokens)

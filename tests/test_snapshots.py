@@ -1,6 +1,7 @@
 """What an output folder says was published, and what is said of a damaged one."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -236,6 +237,32 @@ def test_a_damaged_last_snapshot_is_an_error_that_names_the_file_and_a_full_run_
     after = publish_rows(local, ROWS[:2])
     assert read_latest(local) == after
     assert list_published(local) == [after.name]
+
+
+def lose_shard(path):
+    os.unlink(path)
+    return "is missing"
+
+
+def cut_shard(path):
+    size = os.path.getsize(path)
+    os.truncate(path, size - 1)
+    return f"has {size - 1} bytes, not {size}"
+
+
+@pytest.mark.parametrize("damage", [lose_shard, cut_shard])
+def test_a_damaged_shard_is_named(local, damage):
+    snapshot = publish_rows(local, ROWS)
+    message = damage(snapshot.shard_paths[1])
+    with pytest.raises(DamagedSnapshotError, match=f"embeddings-00001-of-00003.parquet {message}.*--full"):
+        check_shards(snapshot)
+
+
+def test_a_shard_on_gs_that_is_missing_is_named(gcs_bucket):
+    snapshot = publish_rows(gcs_bucket, ROWS)
+    storage.delete_files(snapshot.shard_paths[2:])
+    with pytest.raises(DamagedSnapshotError, match=r"gs://.*embeddings-00002-of-00003.parquet is missing"):
+        check_shards(snapshot)
 
 
 def test_work_is_listed_and_removed_and_never_read_as_a_snapshot(output):

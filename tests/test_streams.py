@@ -1,11 +1,13 @@
 """Threads that compute side by side."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +110,7 @@ def test_threads_that_cannot_be_started_are_told_and_the_others_end(three_thread
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_one)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
+    with pytest.raises(RuntimeError, match=r"can't start new thread: of 2 threads .*, 1 could be started; let this"):
         Streams(2)
     assert torch.get_num_threads() == 3
     deadline = time.monotonic() + 10
@@ -151,6 +153,18 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert run_script(script) == "0"
 
 
+def test_a_forked_process_computes_where_its_parent_did_with_all_cores():
+    script = """
+encoder.encode(["zip"])  # Too few for streams.
+child = os.fork()
+if child == 0:
+    torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+    os._exit(0 if abs(encoder.encode(["read the zip"])[0] - vectors[0]).max() < 1e-5 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run_script(script) == "0"
+
+
 def test_a_process_ends_without_waiting_for_streams():
     script = """
 from transforms.streams import streams
@@ -159,6 +173,52 @@ time.sleep(0.5)
 print("ends")
 """
     assert run_script(script) == "ends"
+
+
+def ends_soon(threads: set[threading.Thread]) -> bool:
+    for thread in threads:
+        thread.join(10)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def test_streams_end_once_another_number_of_them_is_needed(three_threads):
+    before = set(threading.enumerate())
+    first = streams()
+    assert first is not None
+    first.for_each(lambda _: None, range(10))
+    of_first = set(threading.enumerate()) - before
+    torch.set_num_threads(2)
+    second = streams()
+    assert second is not None
+    first.for_each(lambda _: None, range(10))  # Those who hold it can go on.
+    del first
+    assert ends_soon(of_first)
+    second.for_each(lambda _: None, range(10))
+
+
+def test_what_was_computed_with_is_not_kept(three_threads):
+    class Item:
+        pass
+
+    some = Streams(2)
+    items = [Item() for _ in range(5)]
+    left = [weakref.ref(item) for item in items]
+
+    def fail(item: Item) -> None:
+        raise ValueError("told")
+
+    gc.disable()  # It would find what only holds itself.
+    try:
+        some.for_each(lambda _: None, items)
+        with pytest.raises(ValueError, match="told"):
+            some.for_each(fail, items)
+        del items
+        deadline = time.monotonic() + 10
+        while any(item() for item in left) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(item() for item in left)
+    finally:
+        gc.enable()
 
 
 def test_other_threads_keep_their_cores(three_threads):

@@ -4,6 +4,7 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 from shutil import SameFileError, copyfile
+from typing import Any
 
 import torch
 from transformers import BertModel
@@ -46,8 +47,9 @@ class BertOrigin:
         return self._sha256
 
     def sha256_of_values(self, bert: BertModel) -> str:
-        """As `sha256`, but compares all weights with the file's, unless rounding has made them differ."""
-        if self._file is not None and not self._is_rounded:
+        """As `sha256`, but looks at all weights themselves, unless rounding has made them differ."""
+        # Of a BERT with a name but no file there is nothing to compare with: forgetting would cost it its name.
+        if not self._is_rounded and (self._file is not None or self.name is None):
             self._forget_if_changed(bert)
         return self.sha256(bert)
 
@@ -66,11 +68,19 @@ class BertOrigin:
         bert.to(device=device, dtype=dtype)
         self._state = WeightsState(bert)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out where the weights are: those of a copy are elsewhere."""
+        return self.__dict__ | {"_state": None}
+
+    def follow(self, copy: BertModel) -> None:
+        """Takes a copy of the BERT, with the weights that this was last asked about, for the BERT."""
+        self._state = WeightsState(copy)
+
     def save(self, bert: BertModel, tokenizer_json: str, folder: Path) -> None:
         """Writes configuration, tokenizer and weights to a folder, which is made where missing.
 
         Raises:
-          ValueError: only rounded weights are left.
+          ValueError: only rounded weights are left; nothing is written then.
         """
         if self._file is None and self._is_rounded:
             raise ValueError(

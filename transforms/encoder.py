@@ -170,7 +170,13 @@ class BertLstmEncoder(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what is made anew from the weights, and cannot be pickled."""
+        self._origin.sha256(self.bert)  # Sees now whether the weights have changed: a copy's lie elsewhere.
         return self.__dict__ | {"_packed_bert": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Lets what is known of the BERT's weights hold for the copy's."""
+        super().__setstate__(state)
+        self._origin.follow(self.bert)
 
     # Model.
 
@@ -246,18 +252,20 @@ class BertLstmEncoder(nn.Module):
         """Encodes texts of any length; what lies past `max_tokens` is not seen.
 
         On a CPU the weights are laid out anew where they have changed since the last call. Changes through
-        `weight.data` go unnoticed: make them within `torch.no_grad()` instead, or call `on` after them.
+        `weight.data` go unnoticed, and old and new weights would be mixed: make them within `torch.no_grad()` instead,
+        or call `on` after them.
 
         Args:
           texts: any number of strings; the empty one is encoded as [CLS][SEP].
-          max_batch_tokens: padded area of a BERT batch; by device where None.
+          max_batch_tokens: padded area of a BERT batch, at least 1; by device where None.
 
         Returns:
           (n, 256) float32 of unit length, in the order of the texts.
 
         Raises:
           TypeError: `texts` is one text.
-          ValueError: a text holds a lone surrogate, which is no character; the message says which text.
+          ValueError: a text holds a lone surrogate, which is no character; the message says which text. Or
+            `max_batch_tokens` is below 1.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one text")
@@ -276,11 +284,15 @@ class BertLstmEncoder(nn.Module):
     def encode_tokens(self, token_ids: Sequence[np.ndarray], max_batch_tokens: int | None = None) -> EncodedTexts:
         """Encodes tokenized texts; a text alone gives the same vector as in any batch, up to rounding.
 
-        On a CPU each core encodes a group of texts by itself, where there are enough of them.
+        On a CPU each core encodes a group of texts by itself, where there are enough of them. Changes of weights
+        through `weight.data` go unnoticed there, as in `encode`.
 
         Args:
           token_ids: each (num_tokens,), without special tokens.
-          max_batch_tokens: padded area of a BERT batch; by device where None.
+          max_batch_tokens: padded area of a BERT batch, at least 1; by device where None.
+
+        Raises:
+          ValueError: `max_batch_tokens` is below 1.
         """
         budget = self._budget(max_batch_tokens)
         windows = [self.tokenizer.windows(ids) for ids in token_ids]
@@ -323,7 +335,7 @@ class BertLstmEncoder(nn.Module):
         if max_batch_tokens is None:
             return MAX_BATCH_TOKENS[self.device.type]
         if max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens is {max_batch_tokens}: a batch has one token at least")
+            raise ValueError(f"max_batch_tokens is {max_batch_tokens}: give at least 1, or None")
         return max_batch_tokens
 
     def streams(self) -> Streams | None:
@@ -479,11 +491,11 @@ class BertLstmEncoder(nn.Module):
                 "the BERT has no name to load it by, or its weights changed since they were loaded: leave "
                 "include_bert=False out, so that it is saved too"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         if include_bert is None:
             include_bert = self.bert_name in (None, BERT_SUBFOLDER) or Path(str(self.bert_name)).is_dir()
         if include_bert:
             self._origin.save(self.bert, self.tokenizer.to_json(), folder / BERT_SUBFOLDER)
+        folder.mkdir(parents=True, exist_ok=True)  # Not before: where the BERT cannot be saved, nothing is written.
         (folder / LSTM_FILE).write_bytes(serialized(self.lstm))
         CheckpointConfig(
             bert=BERT_SUBFOLDER if include_bert else str(self.bert_name),

@@ -14,8 +14,8 @@ from transforms.weights import WeightsState
 _FUSED_ACTIVATIONS = {"gelu", "relu"}
 """Activations that oneDNN computes while it writes a product; Hugging Face's names are its own too."""
 
-_PLAIN_MODULES = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, nn.Tanh}
-"""What a BertModel consists of, beside the classes of its own file and its activation."""
+_PLAIN_MODULES = {nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList}
+"""What a BertModel's layers consist of, beside the classes of its own file and its activation."""
 
 _MAX_SCORES_BYTES = 64 << 20
 """Of the attention's scores at once, where they are held: 512 tokens of four windows take up a half of it."""
@@ -64,7 +64,7 @@ class PackedBert:
             type(bert) is BertModel
             and not bert.config.is_decoder
             and all(weight.device.type == "cpu" for weight in bert.parameters())
-            and all(_is_plain(module, bert.config.hidden_act) for module in bert.modules())
+            and _are_plain(bert)
         )
 
     def is_of(self, bert: BertModel) -> bool:
@@ -132,13 +132,18 @@ def _attend_by_products(parts: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(dim=-1), value).view(count, heads, length, width)
 
 
-def _is_plain(module: nn.Module, activation: Any) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
-    kind = type(module)
-    if kind in _PLAIN_MODULES or kind.__module__ == BertModel.__module__:
-        return True
-    return isinstance(activation, str) and kind is type(ACT2FN[activation])
+def _are_plain(bert: BertModel) -> bool:
+    """Returns whether all that makes the embeddings is as Hugging Face builds it; its pooler does not matter here."""
+    activation = bert.config.hidden_act
+    kinds = _PLAIN_MODULES | ({type(ACT2FN[activation])} if isinstance(activation, str) else set())
+    return all(
+        (type(module) in kinds or type(module).__module__ == BertModel.__module__)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__  # As some libraries replace it.
+        and not (type(module) is nn.Linear and module.bias is None)
+        for module in (bert, *bert.embeddings.modules(), *bert.encoder.modules())
+    )
 
 
 def _runs_of_equal_length(lengths: Sequence[int]) -> list[tuple[int, int]]:

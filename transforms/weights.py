@@ -181,7 +181,8 @@ class WeightsState:
     def is_of(self, module: nn.Module) -> bool:
         """Returns whether a module's weights are still those.
 
-        PyTorch keeps no count of changes through `weight.data`: those are not seen.
+        PyTorch keeps no count of changes through `weight.data`, nor of any to weights that were made in inference mode:
+        those are not seen.
         """
         return self._state == _state(module)
 
