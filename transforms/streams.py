@@ -84,11 +84,12 @@ class Streams:
                 try:
                     function(item)
                 except BaseException as error:  # noqa: BLE001 - raised where it is waited for.
-                    waiting.clear()
                     errors.append(error)
                 finally:
                     del item
                     with changed:
+                        if errors:
+                            waiting.clear()
                         under_way -= 1
                         changed.notify_all()
 
@@ -101,7 +102,8 @@ class Streams:
                 self._tasks.put(work)
             wait()
         except BaseException:  # Ctrl-C, say.
-            waiting.clear()
+            with changed:
+                waiting.clear()
             wait()
             raise
         if errors:
