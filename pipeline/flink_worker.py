@@ -23,15 +23,13 @@ MAX_MEMORY_BYTES = 32 << 20
 _LOGGER = logging.getLogger(__name__)
 
 
-def install() -> None:
-    """Changes Beam's channel for data between worker and runner, in this process; once is enough.
+def _install() -> None:
+    """Changes Beam's channel for data between worker and runner, in this process.
 
     Raises:
       RuntimeError: Beam's channel is not as it was in the version that this was made for.
     """
     channel: Any = data_plane._GrpcDataChannel
-    if getattr(channel, "outputs_wait_on_disk", False):
-        return
     start_forwarder, output_stream = (
         getattr(channel, name, None) for name in ("_start_send_forwarder", "output_stream")
     )
@@ -53,8 +51,7 @@ def install() -> None:
     channel._start_send_forwarder = start_forwarder_of_spilling_queue
     channel.output_stream = stream_of_small_messages
     data_plane._DEFAULT_SIZE_FLUSH_THRESHOLD = MESSAGE_BYTES  # To which messages are put together.
-    channel.outputs_wait_on_disk = True
     _LOGGER.info("outputs wait on disk until Flink takes them")
 
 
-install()
+_install()

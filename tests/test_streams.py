@@ -81,7 +81,7 @@ def test_ctrl_c_ends_the_work_and_nothing_goes_on(three_threads):
     with pytest.raises(KeyboardInterrupt):
         Streams(2).for_each(take, range(10_000))
     count = len(taken)
-    assert count < 1000
+    assert count < 100
     time.sleep(0.1)
     assert len(taken) == count
 
@@ -102,7 +102,7 @@ def test_no_call_goes_on_when_an_error_is_raised(three_threads):
 
 
 def test_threads_that_cannot_be_started_are_told_and_the_others_end(three_threads, monkeypatch):
-    start, before = threading.Thread.start, threading.active_count()
+    start, before = threading.Thread.start, set(threading.enumerate())  # Some of those may end meanwhile.
 
     def start_one(thread: threading.Thread) -> None:
         if thread.name == "stream_1":
@@ -114,9 +114,9 @@ def test_threads_that_cannot_be_started_are_told_and_the_others_end(three_thread
         Streams(2)
     assert torch.get_num_threads() == 3
     deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) - before == set()
 
 
 def run_script(script: str) -> str:

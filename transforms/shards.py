@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,32 +26,35 @@ class SnapshotError(ValueError):
     """An output folder does not hold what was asked of it."""
 
 
-class DamagedSnapshotError(SnapshotError):
-    """A file of a published snapshot is missing, or is not what it was written as."""
+class _FileError(SnapshotError):
+    """Says what is wrong with a file, and what follows from that."""
 
-    def __init__(self, file: str, damage: str):
-        super().__init__(file, damage)  # Both, so that it survives being pickled.
-
-    def __str__(self) -> str:
-        file, damage = self.args
-        return (
-            f"{file} {damage}: the snapshot is damaged. Restore the file, or run embed with --full, which encodes "
-            "everything anew without it"
-        )
-
-
-class BrokenShardError(SnapshotError):
-    """A file that a run has written for its own snapshot is missing, or is not what was written."""
+    consequence: ClassVar[str]
 
     def __init__(self, file: str, fault: str):
         super().__init__(file, fault)  # Both, so that it survives being pickled.
 
     def __str__(self) -> str:
         file, fault = self.args
-        return (
-            f"{file} {fault}, though this run has just written it: nothing was published, and the last snapshot is as "
-            "it was. See what else changes files there, or whether the disk is full or failing, and run it again"
-        )
+        return f"{file} {fault}{self.consequence}"
+
+
+class DamagedSnapshotError(_FileError):
+    """A file of a published snapshot is missing, or is not what it was written as."""
+
+    consequence = (
+        ": the snapshot is damaged. Restore the file, or run embed with --full, which encodes everything anew without "
+        "it"
+    )
+
+
+class BrokenShardError(_FileError):
+    """A file that a run has written for its own snapshot is missing, or is not what was written."""
+
+    consequence = (
+        ", though this run has just written it: nothing was published, and the last snapshot is as it was. See what "
+        "else changes files there, or whether the disk is full or failing, and run it again"
+    )
 
 
 class Shard(NamedTuple):
@@ -75,21 +78,23 @@ def open_shard(path: str) -> Iterator[pq.ParquetFile]:
     except FileNotFoundError as error:
         raise DamagedSnapshotError(path, "is missing") from error
     with file:
-        try:
+        with _undecodable_is_damage(path, "is not Parquet"):
             shard = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
             _ = shard.schema_arrow.names  # Else decoded only by those who ask, who expect no error then.
-        except _UNREADABLE:
-            raise
-        except _UNDECODABLE as error:
-            _raise_what_the_system_says(error)
-            raise DamagedSnapshotError(path, f"is not Parquet ({error})") from error
         yield shard
 
 
-def _raise_what_the_system_says(error: Exception) -> None:
-    """Raises an error of the disk, which has a number, again; those that pyarrow makes of bad bytes have none."""
-    if isinstance(error, OSError) and error.errno is not None:
-        raise error
+@contextmanager
+def _undecodable_is_damage(path: str, damage: str) -> Iterator[None]:
+    """Tells errors of a shard's bytes as damage; those that say nothing about them pass."""
+    try:
+        yield
+    except _UNREADABLE:
+        raise
+    except _UNDECODABLE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # The disk's, which has a number; those that pyarrow makes of bad bytes have none.
+        raise DamagedSnapshotError(path, f"{damage} ({error})") from error
 
 
 def check_checksum(shard: Shard) -> None:
@@ -135,13 +140,8 @@ def read_shard(
         batches = shard.iter_batches(batch_rows, columns=columns)
         rows_read = 0
         while True:
-            try:
+            with _undecodable_is_damage(path, "cannot be decoded"):
                 batch = next(batches, None)
-            except _UNREADABLE:
-                raise
-            except _UNDECODABLE as error:
-                _raise_what_the_system_says(error)
-                raise DamagedSnapshotError(path, f"cannot be decoded ({error})") from error
             if batch is None:
                 break
             rows_read += len(batch)
