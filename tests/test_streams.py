@@ -69,7 +69,15 @@ def test_an_error_ends_the_work_and_is_raised(three_threads):
     assert taken[-1] == "more"
 
 
-def test_ctrl_c_ends_the_work_and_nothing_goes_on(three_threads):
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As in a program of its own: Beam's job servers, of earlier tests, would be stopped first, for seconds."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_work_and_nothing_goes_on(three_threads, ctrl_c_interrupts):
     taken, main = [], threading.get_ident()
 
     def take(item: int) -> None:
