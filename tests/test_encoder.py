@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from transforms.encoder import BertLstmEncoder, _exact_cudnn
+from transforms.encoder import BertLstmEncoder
 from transforms.packed_bert import PackedBert
 from transforms.weights import load_tokenizer
 
@@ -254,28 +254,6 @@ def test_an_encoder_that_has_encoded_can_be_copied(copy_of):
     with torch.no_grad():
         encoder.bert.embeddings.word_embeddings.weight.mul_(2)
     np.testing.assert_array_equal(copied.encode(["read a zip file"]), vectors)
-
-
-def test_settings_of_the_process_stay_as_they_are(tiny_encoder):
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True
-    try:
-        tiny_encoder.encode(["read a zip file"])
-        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, True)
-        with _exact_cudnn():
-            assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (True, True)
-            assert not torch.backends.cudnn.allow_tf32
-    finally:
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before
-
-
-def test_on_a_cpu_no_settings_of_the_process_are_touched_while_it_encodes(tiny_encoder):
-    """Encoders in other threads would set them back in another order, and leave them changed."""
-    cudnn = torch.backends.cudnn
-    settings, during = (lambda: (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)), []
-    tiny_encoder.lstm.register_forward_hook(lambda *_: during.append(settings()))
-    tiny_encoder.encode(["read a zip file"])
-    assert during == [settings()]
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -203,19 +203,3 @@ def test_attention_that_would_take_much_memory_is_fused(monkeypatch):
 
 def test_equal_lengths_that_follow_each_other_are_one_run():
     assert packed_bert._runs_of_equal_length([4, 4, 2, 4]) == [(2, 4), (1, 2), (1, 4)]
-
-
-@pytest.mark.parametrize("max_batch_tokens", [1, 40, 2048])
-def test_padded_batches_and_packed_windows_give_the_same_embeddings(max_batch_tokens, monkeypatch):
-    encoder = make_tiny_encoder()
-    texts = ["read " * words + "zip" for words in (0, 3, 3, 7, 150, 61, 62, 1)]
-    vectors = {}
-    for fits in (True, False):
-        monkeypatch.setattr(PackedBert, "fits", lambda bert, fits=fits: fits)
-        token_ids = [text.token_ids for text in encoder.tokenizer.tokenize(texts)]
-        encoded = encoder.encode_tokens(token_ids, max_batch_tokens)
-        vectors[fits] = encoded.vectors
-        assert (encoded.padded_tokens >= encoded.window_tokens).all()
-        if fits:
-            np.testing.assert_array_equal(encoded.padded_tokens, encoded.window_tokens)
-    np.testing.assert_allclose(vectors[True], vectors[False], atol=1e-5)

@@ -1,10 +1,7 @@
 """BertLstmEncoder: a text through BERT, one LSTM layer and pooling to a vector of 256 numbers; knows no Beam."""
 
 import hashlib
-import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,65 +9,27 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from transformers import BertModel
 
 from transforms.bert_origin import BertOrigin
 from transforms.checkpoint import BERT_SUBFOLDER, LSTM_FILE, POOLINGS, CheckpointConfig, checkpoint_folder
 from transforms.fingerprint import fingerprint
-from transforms.packed_bert import PackedBert
 from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
 from transforms.streams import Streams, streams
-from transforms.tokenization import WindowTokenizer, groups_by_length, padded_batches
+from transforms.text_pooling import pool_texts
+from transforms.tokenization import WindowTokenizer, groups_by_length
 from transforms.weights import check_vocabulary, load_bert, load_lstm, serialized
+from transforms.window_embedder import MAX_BATCH_TOKENS, EmbeddedWindows, WindowEmbedder
 
 DEFAULT_MAX_TOKENS = 8192
 DEFAULT_WINDOW_TOKENS = 512
-
-MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
-"""Padded area of one BERT batch, by device: on a CPU what stays in its caches, on a GPU what fills it."""
-
-MAX_PADDING_TOKENS = {"cpu": 48, "cuda": 4096}
-"""Padding of one BERT batch at most: what starting another batch costs, in the tokens encoded in that time."""
 
 _BATCHES_PER_GROUP = {"cpu": 4, "cuda": 16}
 """BERT batches whose token embeddings are held at most, so that the LSTM steps through many texts together."""
 
 _GROUPS_PER_STREAM = 4
 """Of few texts groups are made smaller, down to a batch, so that streams end at about the same time."""
-
-
-_packing = threading.Lock()
-
-
-def _forget_packing() -> None:
-    """Gives a forked process a lock that nobody holds."""
-    global _packing
-    _packing = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_packing)
-
-
-def _exact_cudnn() -> AbstractContextManager[None]:
-    """Keeps a GPU from rounding the LSTM's float32 to TensorFloat-32, as it would by default."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
-
-
-class EmbeddedWindows(NamedTuple):
-    """Windows that went through BERT together.
-
-    Attributes:
-      window_indices: (n,) int64, the windows' places in the list that was embedded.
-      token_embeddings: (tokens, width), those of each window end to end, in the order of the indices.
-      padded_tokens: (n,) int64, what each window took up, padding counted.
-    """
-
-    window_indices: np.ndarray
-    token_embeddings: Tensor
-    padded_tokens: np.ndarray
 
 
 class EncodedTexts(NamedTuple):
@@ -140,7 +99,7 @@ class BertLstmEncoder(nn.Module):
         self.pooling = pooling
         self.tokenizer = WindowTokenizer(tokenizer, min(window_tokens, bert.config.max_position_embeddings), max_tokens)
         self._origin = BertOrigin(bert, bert_name, bert_file)
-        self._packed_bert: PackedBert | None = None
+        self._window_embedder = WindowEmbedder(self.tokenizer.pad_id)
         self.eval()
 
     @property
@@ -163,15 +122,15 @@ class BertLstmEncoder(nn.Module):
 
         The LSTM stays in float32: over thousands of steps its state would gather the rounding of a smaller type.
         """
-        self._packed_bert = None  # Else it would hold the old weights.
+        self._window_embedder.forget_weights()
         self._origin.move(self.bert, device, dtype)
         self.lstm.to(device=device, dtype=torch.float32)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what is made anew from the weights, and cannot be pickled."""
-        self._origin.sha256(self.bert)  # Sees now whether the weights have changed: a copy's lie elsewhere.
-        return self.__dict__ | {"_packed_bert": None}
+        """Lets a copy know whether the weights have changed since they were loaded: its own lie elsewhere."""
+        self._origin.sha256(self.bert)
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Lets what is known of the BERT's weights hold for the copy's."""
@@ -232,18 +191,7 @@ class BertLstmEncoder(nn.Module):
         Returns:
           (texts, 256) float32 of unit length.
         """
-        device = packed_token_embeddings.device
-        sequence = PackedSequence(packed_token_embeddings, torch.from_numpy(slots.texts_at_step))
-        with _exact_cudnn() if device.type == "cuda" else nullcontext():
-            outputs, (last_state, _) = self.lstm(sequence)
-        if self.pooling == "last":
-            pooled = last_state[0]
-        else:
-            ranks = torch.from_numpy(slots.rank_of_slot).to(device)
-            lengths = torch.from_numpy(slots.lengths).to(device)
-            sums = outputs.data.new_zeros(len(slots.lengths), EMBEDDING_DIM).index_add(0, ranks, outputs.data)
-            pooled = sums / lengths[:, None]
-        return nn.functional.normalize(pooled, dim=-1)
+        return pool_texts(self.lstm, self.pooling, packed_token_embeddings, slots)
 
     # Texts.
 
@@ -366,7 +314,6 @@ class BertLstmEncoder(nn.Module):
             np.add.at(padded_tokens, np.array(text_of_window)[embedded.window_indices], embedded.padded_tokens)
         return self.pool(packed, slots).cpu().numpy(), padded_tokens
 
-    @torch.inference_mode()
     def embed_windows(
         self, windows: Sequence[np.ndarray], max_batch_tokens: int | None = None
     ) -> Iterator[EmbeddedWindows]:
@@ -376,31 +323,10 @@ class BertLstmEncoder(nn.Module):
           windows: each (length,) int64, from [CLS] to [SEP].
           max_batch_tokens: the most tokens, padding counted, that go through BERT at once; by device where None.
 
-        Yields:
+        Returns:
           The longest windows first, so that memory peaks at the start; together each window once.
         """
-        budget = self._budget(max_batch_tokens)
-        lengths = np.array([len(window) for window in windows], dtype=np.int64)
-        if PackedBert.fits(self.bert):
-            packed_bert = self._current_packed_bert()
-            for indices in groups_by_length(lengths, budget):
-                token_embeddings = packed_bert([windows[index] for index in indices])
-                yield EmbeddedWindows(indices, token_embeddings, lengths[indices])
-            return
-        for batch in padded_batches(windows, budget, MAX_PADDING_TOKENS[self.device.type], self.tokenizer.pad_id):
-            input_ids = torch.from_numpy(batch.input_ids).to(self.device)
-            mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask).to(self.device)
-            embedded = self.token_embeddings(input_ids, mask)
-            tokens = embedded.flatten(0, 1) if mask is None else embedded[mask.bool()]
-            areas = np.full(len(batch.window_indices), batch.input_ids.shape[1], dtype=np.int64)
-            yield EmbeddedWindows(batch.window_indices, tokens, areas)
-
-    def _current_packed_bert(self) -> PackedBert:
-        with _packing:  # Else each stream might make one of its own.
-            if self._packed_bert is None or not self._packed_bert.is_of(self.bert):
-                self._packed_bert = None  # Else both would take up memory.
-                self._packed_bert = PackedBert(self.bert)
-            return self._packed_bert
+        return self._window_embedder.embed(self.bert, windows, self._budget(max_batch_tokens))
 
     # Checkpoints.
 

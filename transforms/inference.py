@@ -13,10 +13,7 @@ from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from transforms import progress
 from transforms.devices import DEVICES, DTYPES
-from transforms.encoder import (
-    MAX_BATCH_TOKENS,
-    BertLstmEncoder,
-)
+from transforms.encoder import BertLstmEncoder
 from transforms.hardware import resolve_device, resolve_dtype
 from transforms.loaded_encoder import (
     REFERENCE_TEXTS,
@@ -30,6 +27,7 @@ from transforms.loaded_encoder import (
 from transforms.schema import Document, Embedding, Rejected, content_hash, preview
 from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW
 from transforms.weights import load_tokenizer
+from transforms.window_embedder import MAX_BATCH_TOKENS
 
 BATCH_TOKENS = 1 << 20
 """Tokens the handler sees at once: enough to sort the texts into batches with hardly any padding."""
