@@ -48,6 +48,10 @@ _DEFAULTS = {
 }
 
 
+_SUBMITTER_JVM = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
+"""For a job server that hands a job over and ends: better optimised code would come too late for it."""
+
+
 def _flag(text: str) -> bool:
     if text not in ("true", "false"):
         raise ValueError(f"{text!r} is neither true nor false")
@@ -124,6 +128,8 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
     names = {option.partition("=")[0] for option in given}
     plugin = f"--beam_plugin={WORKER_PLUGIN}"  # Beside those that were given.
     added = [f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in names]
+    if master and not portable.job_endpoint and not server.job_server_jvm_properties:
+        added += [f"--job_server_jvm_properties={flag}" for flag in _SUBMITTER_JVM]
     return [*given, *added, *([] if plugin in given else [plugin])]
 
 

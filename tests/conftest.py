@@ -3,6 +3,7 @@
 import math
 import os
 
+import flink_cluster
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+def pytest_collection_finish(session):
+    needed = any("cluster" in item.fixturenames for item in session.items)
+    if needed and flink_cluster.why_not() is None and not session.config.option.collectonly:
+        flink_cluster.fetch_ahead()
 
 
 @pytest.fixture(autouse=True)

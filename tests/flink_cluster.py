@@ -47,6 +47,18 @@ def job_server_jar() -> Path:
     return Path(subprocess.run([BUILD], stdout=subprocess.PIPE, text=True, check=True, timeout=900).stdout.strip())
 
 
+def fetch_ahead() -> None:
+    """Begins to fetch and build what a cluster is made of, which takes minutes the first time, beside other tests."""
+    global _fetching
+    environment = os.environ | {"PYTHON": sys.executable}
+    _fetching = subprocess.Popen(
+        ["nice", "-n", "19", SCRIPT, "fetch"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+_fetching: subprocess.Popen | None = None
+
+
 def answers(port: int) -> bool:
     """Returns whether somebody listens on a port of this machine."""
     with socket.socket() as one:
@@ -85,6 +97,8 @@ class Cluster:
 
     def up(self) -> None:
         """Starts what does not run."""
+        if _fetching is not None:
+            _fetching.wait(timeout=900)  # What it could not fetch is tried again, and told.
         done = self.script("up")
         assert done.returncode == 0, done.stderr
 

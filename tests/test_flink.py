@@ -45,6 +45,8 @@ ALWAYS = {
     "--faster_copy=true",
     PLUGIN,
 }
+SUBMITTER = {f"--job_server_jvm_properties={flag}" for flag in ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")}
+"""Where the job server only hands the job over."""
 
 
 # Options.
@@ -86,7 +88,13 @@ ALWAYS = {
     ],
 )
 def test_what_flink_needs_is_filled_in(given, expected):
-    assert added(*given) == ALWAYS | expected
+    only_hands_over = any(option.startswith("--flink_master") and option != "--flink_master=[auto]" for option in given)
+    assert added(*given) == ALWAYS | expected | (SUBMITTER if only_hands_over else set())
+
+
+def test_a_job_servers_java_keeps_the_properties_that_are_given():
+    given = "--job_server_jvm_properties=-Xmx2g"
+    assert not any("jvm_properties" in option for option in added(given, "--flink_master=localhost:8081"))
 
 
 def test_what_a_person_gives_stands():

@@ -7,10 +7,10 @@ root=$(cd -- "$here/../.." && pwd -P)
 
 usage() {
   cat <<'END'
-usage: deploy/flink/cluster.sh up | down | status
+usage: deploy/flink/cluster.sh fetch | up | down | status
 
-  up      start a JobManager, two TaskManagers and a worker pool, or those of them that have stopped; what is missing
-          is fetched first, and kept
+  fetch   fetch and build what is missing, into .cache/flink
+  up      the same, and start a JobManager, two TaskManagers and a worker pool, or those of them that have stopped
   down    end all of them, whatever became of them
   status  say which of them run
 
@@ -30,7 +30,7 @@ fail() {
 }
 
 case ${1:-} in
-  up | down | status) ;;
+  fetch | up | down | status) ;;
   -h | --help | help)
     usage
     exit
@@ -106,13 +106,13 @@ fetch_flink() {
   local new=$1
   echo "Fetching Flink $flink_version from PyPI (once; 230 MB) ..." >&2
   "$python" -m venv "$new/pip" # Not everybody's environment has pip.
-  fetch() {
+  download() {
     "$new/pip/bin/pip" download --quiet --disable-pip-version-check --no-deps --require-hashes --dest "$new/downloads" "$@" >&2
   }
   echo "$libraries" >"$new/libraries.txt"
   echo "$scripts" >"$new/scripts.txt"
-  fetch --no-binary :all: --requirement "$new/libraries.txt"
-  fetch --only-binary :all: --python-version 3.11 --implementation cp --platform manylinux2014_x86_64 \
+  download --no-binary :all: --requirement "$new/libraries.txt"
+  download --only-binary :all: --python-version 3.11 --implementation cp --platform manylinux2014_x86_64 \
     --requirement "$new/scripts.txt"
   tar xzf "$new"/downloads/apache-flink-libraries-*.tar.gz -C "$new" --strip-components=2 \
     "apache-flink-libraries-$flink_version/deps"
@@ -149,6 +149,26 @@ build_boot() {
   local new=$1
   echo "Building Beam's boot program with Go (once; two minutes) ..." >&2
   GOBIN=$new go install "github.com/apache/beam/sdks/v2/python/container@v$(beam_version)" >&2
+}
+
+fetch() {
+  check_tools
+  job_server=$(FLINK_CACHE=$cache "$here/build-job-server.sh")
+  make_once "$flink" fetch_flink
+  make_once "$(dirname "$(boot_path)")" build_boot
+  # Made anew where the submitter's packages changed.
+  if [[ ! -f $worker_python/made-from || $(<"$worker_python/made-from") != "$(packages)" ]]; then
+    rm -rf "$worker_python"
+    make_once "$worker_python" copy_python
+    packages >"$worker_python/made-from"
+  fi
+}
+
+packages() {
+  "$python" -c '
+import importlib.metadata as m, sys
+print(sys.executable, sys.version)
+print(*sorted(f"{d.name}=={d.version}" for d in m.distributions()), sep="\n")'
 }
 
 # --- Up ---
@@ -259,16 +279,7 @@ start_part() {
 
 up() {
   local name number port names=()
-  check_tools
-  job_server=$(FLINK_CACHE=$cache "$here/build-job-server.sh")
-  make_once "$flink" fetch_flink
-  make_once "$(dirname "$(boot_path)")" build_boot
-  # Made anew where the submitter's packages changed.
-  if [[ ! -f $worker_python/made-from || $(<"$worker_python/made-from") != "$(packages)" ]]; then
-    rm -rf "$worker_python"
-    make_once "$worker_python" copy_python
-    packages >"$worker_python/made-from"
-  fi
+  fetch
   if [[ -n $(started) && -n $(running) ]]; then
     while read -r name _; do names+=("$name"); done < <(stopped) # The rest goes on as it is.
   else
@@ -286,13 +297,6 @@ up() {
     fail "the cluster did not come up within two minutes; its logs are in $FLINK_LOG_DIR"
   }
   echo "Flink $flink_version is up: http://localhost:$rest_port, worker pool at localhost:$pool_port"
-}
-
-packages() {
-  "$python" -c '
-import importlib.metadata as m, sys
-print(sys.executable, sys.version)
-print(*sorted(f"{d.name}=={d.version}" for d in m.distributions()), sep="\n")'
 }
 
 answers() {
