@@ -48,7 +48,7 @@ _DEFAULTS = {
 }
 
 
-_SUBMITTER_JVM = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
+_SUBMITTER_JVM = "-XX:TieredStopAtLevel=1"
 """For a job server that hands a job over and ends: better optimised code would come too late for it."""
 
 
@@ -129,7 +129,7 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
     plugin = f"--beam_plugin={WORKER_PLUGIN}"  # Beside those that were given.
     added = [f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in names]
     if master and not portable.job_endpoint and not server.job_server_jvm_properties:
-        added += [f"--job_server_jvm_properties={flag}" for flag in _SUBMITTER_JVM]
+        added.append(f"--job_server_jvm_properties={_SUBMITTER_JVM}")
     return [*given, *added, *([] if plugin in given else [plugin])]
 
 

@@ -37,8 +37,13 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     needed = any("cluster" in item.fixturenames for item in session.items)
-    if needed and flink_cluster.why_not() is None and not session.config.option.collectonly:
+    is_one_of_many = "PYTEST_XDIST_WORKER" in os.environ
+    if needed and not is_one_of_many and flink_cluster.why_not() is None and not session.config.option.collectonly:
         flink_cluster.fetch_ahead()
+
+
+def pytest_unconfigure():
+    flink_cluster.stop_fetching()
 
 
 @pytest.fixture(autouse=True)

@@ -44,16 +44,32 @@ def free_ports(count: int) -> list[int]:
 
 def job_server_jar() -> Path:
     """Returns the job server's jar, which is built where it is not there yet."""
+    _wait_for_fetch()
     return Path(subprocess.run([BUILD], stdout=subprocess.PIPE, text=True, check=True, timeout=900).stdout.strip())
 
 
 def fetch_ahead() -> None:
     """Begins to fetch and build what a cluster is made of, which takes minutes the first time, beside other tests."""
     global _fetching
-    environment = os.environ | {"PYTHON": sys.executable}
     _fetching = subprocess.Popen(
-        ["nice", "-n", "19", SCRIPT, "fetch"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["nice", "-n", "19", SCRIPT, "fetch"],
+        env=os.environ | {"PYTHON": sys.executable},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
+
+
+def stop_fetching() -> None:
+    """Ends what `fetch_ahead` began, where it still goes on."""
+    if _fetching is not None and _fetching.poll() is None:
+        os.killpg(_fetching.pid, signal.SIGTERM)
+        _fetching.wait()
+
+
+def _wait_for_fetch() -> None:
+    if _fetching is not None:
+        _fetching.wait(timeout=900)  # What it could not fetch is tried again, and told.
 
 
 _fetching: subprocess.Popen | None = None
@@ -97,8 +113,7 @@ class Cluster:
 
     def up(self) -> None:
         """Starts what does not run."""
-        if _fetching is not None:
-            _fetching.wait(timeout=900)  # What it could not fetch is tried again, and told.
+        _wait_for_fetch()
         done = self.script("up")
         assert done.returncode == 0, done.stderr
 

@@ -103,6 +103,19 @@ def test_cost_is_told_per_text(tiny_encoder):
     assert (encoded.padded_tokens >= encoded.window_tokens).all()
 
 
+@pytest.mark.parametrize("max_batch_tokens", [1, 40, 2048])
+def test_padded_batches_and_packed_windows_give_the_same_vectors(max_batch_tokens, monkeypatch):
+    encoder = make_tiny_encoder()
+    texts = ["read " * words + "zip" for words in (0, 3, 3, 7, 150, 61, 62, 1)]
+    token_ids = [text.token_ids for text in encoder.tokenizer.tokenize(texts)]
+    packed = encoder.encode_tokens(token_ids, max_batch_tokens)
+    np.testing.assert_array_equal(packed.padded_tokens, packed.window_tokens)
+    monkeypatch.setattr(PackedBert, "fits", lambda _: False)
+    padded = encoder.encode_tokens(token_ids, max_batch_tokens)
+    assert (padded.padded_tokens >= padded.window_tokens).all()
+    np.testing.assert_allclose(padded.vectors, packed.vectors, atol=1e-5)
+
+
 def test_one_text_instead_of_a_list_is_refused(tiny_encoder):
     with pytest.raises(TypeError, match="a list of texts"):
         tiny_encoder.encode("a text")

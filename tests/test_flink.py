@@ -45,7 +45,7 @@ ALWAYS = {
     "--faster_copy=true",
     PLUGIN,
 }
-SUBMITTER = {f"--job_server_jvm_properties={flag}" for flag in ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")}
+SUBMITTER = "--job_server_jvm_properties=-XX:TieredStopAtLevel=1"
 """Where the job server only hands the job over."""
 
 
@@ -61,35 +61,38 @@ SUBMITTER = {f"--job_server_jvm_properties={flag}" for flag in ("-XX:TieredStopA
         (["--flink_job_server_jar=own.jar"], {"--flink_master=[local]", "--environment_type=LOOPBACK"}),
         (
             ["--flink_master=localhost:8081"],
-            {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}"},
+            {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}", SUBMITTER},
         ),
         (
             ["--flink_master", "http://flink:8081", "--artifacts_dir=gs://b/staged"],
-            {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}"},
+            {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}", SUBMITTER},
         ),
         (
             ["--job_endpoint=flink:8099", "--parallelism=8"],
             {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}"},
         ),
-        (["--flink_master=localhost:8081", "--environment_type=LOOPBACK"], set()),
+        (
+            ["--flink_master=localhost:8081", "--job_endpoint=localhost:8099", "--environment_type=LOOPBACK"],
+            set(),
+        ),
+        (["--flink_master=localhost:8081", "--environment_type=LOOPBACK"], {SUBMITTER}),
         (
             ["--flink_master=localhost:8081", "--environment_type=EXTERNAL", "--environment_config=localhost:1"],
-            {f"--setup_file={SETUP}"},
+            {f"--setup_file={SETUP}", SUBMITTER},
         ),
         (
             ["--flink_master=127.0.0.1:8081", "--environment_options=external_service_address=localhost:1"],
-            {"--environment_type=EXTERNAL", f"--setup_file={SETUP}"},
+            {"--environment_type=EXTERNAL", f"--setup_file={SETUP}", SUBMITTER},
         ),
         (
             ["--flink_master=localhost:8081", "--setup_file=own.py"],
-            {"--environment_type=EXTERNAL", "--environment_config=localhost:50000"},
+            {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", SUBMITTER},
         ),
-        (["--flink_master=localhost:8081", "--environment_type=DOCKER"], {f"--setup_file={SETUP}"}),
+        (["--flink_master=localhost:8081", "--environment_type=DOCKER"], {f"--setup_file={SETUP}", SUBMITTER}),
     ],
 )
 def test_what_flink_needs_is_filled_in(given, expected):
-    only_hands_over = any(option.startswith("--flink_master") and option != "--flink_master=[auto]" for option in given)
-    assert added(*given) == ALWAYS | expected | (SUBMITTER if only_hands_over else set())
+    assert added(*given) == ALWAYS | expected
 
 
 def test_a_job_servers_java_keeps_the_properties_that_are_given():
@@ -454,9 +457,8 @@ def system(tmp_path) -> Path:
     """A folder of programs without Java, Maven and Go."""
     folder = tmp_path / "system"
     folder.mkdir()
-    for (
-        name
-    ) in "bash basename cat cp dirname env find grep ln mkdir mktemp mv readlink realpath rm sed sleep touch".split():
+    tools = "bash basename cat cp dirname env find grep ln mkdir mktemp mv readlink realpath rm sed sleep touch"
+    for name in tools.split():
         (folder / name).symlink_to(str(shutil.which(name)))
     return folder
 
@@ -621,10 +623,17 @@ def test_a_cluster_is_made_anew_but_what_others_put_beside_it_stays(tmp_path, sy
     (folder / "notes.txt").write_text("mine")
     (folder / "lib").mkdir()
     (folder / "lib" / "old.jar").touch()
-    for tool in ("chmod", "tail"):
+    for tool in ("chmod", "flock", "tail"):
         (system / tool).symlink_to(str(shutil.which(tool)))
     ports = dict(zip(("FLINK_REST_PORT", "FLINK_RPC_PORT", "FLINK_POOL_PORT"), map(str, free_ports(3)), strict=True))
     environment = {"PATH": str(system), "FLINK_CLUSTER": f"{folder}/", "FLINK_CACHE": "cache", "PYTHON": str(python)}
+    content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (cache / "flink-1.19.3.new.killed").mkdir()
+    done = script(SCRIPT, "fetch", cwd=tmp_path, **environment | ports)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert content == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert not (cache / "flink-1.19.3.new.killed").exists()
+
     done = script(SCRIPT, "up", cwd=tmp_path, FLINK_SLOTS=slots, **environment | ports)
     # Nothing of it can start here, which comes after.
     assert (done.returncode, done.stdout) == (1, "")

@@ -2,6 +2,8 @@
 
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -68,6 +70,7 @@ def test_weights_are_laid_out_once_and_anew_where_they_have_changed(monkeypatch)
 
     def count(packed_bert: PackedBert, bert) -> None:
         laid_out.append(bert)
+        time.sleep(0.05)
         make(packed_bert, bert)
 
     monkeypatch.setattr(PackedBert, "__init__", count)
@@ -75,11 +78,14 @@ def test_weights_are_laid_out_once_and_anew_where_they_have_changed(monkeypatch)
     def embed() -> None:
         list(embedder.embed(bert, random_windows(), 64))
 
-    threads = [threading.Thread(target=embed) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    all_started = threading.Barrier(4)
+
+    def embed_with_others(_) -> None:
+        all_started.wait(timeout=60)
+        embed()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(embed_with_others, range(4)))
     assert len(laid_out) == 1
     with torch.no_grad():
         bert.embeddings.word_embeddings.weight.mul_(2)

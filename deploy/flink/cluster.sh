@@ -9,7 +9,7 @@ usage() {
   cat <<'END'
 usage: deploy/flink/cluster.sh fetch | up | down | status
 
-  fetch   fetch and build what is missing, into .cache/flink
+  fetch   fetch and build what is missing or no longer right, into .cache/flink, and start nothing
   up      the same, and start a JobManager, two TaskManagers and a worker pool, or those of them that have stopped
   down    end all of them, whatever became of them
   status  say which of them run
@@ -128,12 +128,16 @@ copy_python() {
   local new=$1 prefix
   echo "Copying the environment for the workers ..." >&2
   prefix=$("$python" -c 'import sys; print(sys.prefix)')
-  cp -al "$prefix/." "$new/" 2>/dev/null || cp -a "$prefix/." "$new/"
+  cp -al "$prefix/." "$new/" 2>/dev/null || {
+    rm -rf "$new" && mkdir "$new" # Copies cannot be made over links of the same files.
+    cp -a "$prefix/." "$new/"
+  }
   rm -rf "$new"/lib/python*/site-packages/{embed_corpus-*,__editable__*embed_corpus*,__pycache__/__editable__*embed_corpus*}
   # Jobs' packages are built and installed with these.
   "$new/bin/python" -m pip --version >/dev/null 2>&1 || "$new/bin/python" -m ensurepip >/dev/null
   (cd "$new" && env -u PYTHONPATH bin/python -c 'import setuptools') 2>/dev/null ||
     "$new/bin/python" -m pip install --quiet --disable-pip-version-check 'setuptools>=77' >&2
+  packages >"$new/made-from"
 }
 
 boot_path() {
@@ -153,6 +157,10 @@ build_boot() {
 
 fetch() {
   check_tools
+  mkdir -p "$cache"
+  exec 8>"$cache/lock"
+  flock 8 # Two that fetch at once would take each other's halves away.
+  rm -rf "$flink".new.* "$worker_python".new.* "$cache"/boot-*.new.* # Of those that were killed.
   job_server=$(FLINK_CACHE=$cache "$here/build-job-server.sh")
   make_once "$flink" fetch_flink
   make_once "$(dirname "$(boot_path)")" build_boot
@@ -160,8 +168,8 @@ fetch() {
   if [[ ! -f $worker_python/made-from || $(<"$worker_python/made-from") != "$(packages)" ]]; then
     rm -rf "$worker_python"
     make_once "$worker_python" copy_python
-    packages >"$worker_python/made-from"
   fi
+  exec 8>&- # Else what is started would hold it.
 }
 
 packages() {
@@ -388,5 +396,5 @@ status() {
   [[ -z $(stopped) ]]
 }
 
-check_folder
+[[ $1 == fetch ]] || check_folder
 "$1"
