@@ -47,7 +47,6 @@ _DEFAULTS = {
     "faster_copy": "true",
 }
 
-
 _SUBMITTER_JVM = "-XX:TieredStopAtLevel=1"
 """For a job server that hands a job over and ends: better optimised code would come too late for it."""
 
@@ -114,6 +113,8 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
         defaults["environment_config"] = WORKER_POOL
     if kind != "LOOPBACK" and setup_file is not None and options.view_as(SetupOptions).setup_file is None:
         defaults["setup_file"] = setup_file
+    if master and not portable.job_endpoint and not server.job_server_jvm_properties:
+        defaults["job_server_jvm_properties"] = _SUBMITTER_JVM
     elsewhere = elsewhere_of(given)
     if elsewhere and kind == "LOOPBACK":
         raise ValueError(
@@ -128,8 +129,6 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
     names = {option.partition("=")[0] for option in given}
     plugin = f"--beam_plugin={WORKER_PLUGIN}"  # Beside those that were given.
     added = [f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in names]
-    if master and not portable.job_endpoint and not server.job_server_jvm_properties:
-        added.append(f"--job_server_jvm_properties={_SUBMITTER_JVM}")
     return [*given, *added, *([] if plugin in given else [plugin])]
 
 

@@ -48,6 +48,10 @@ def job_server_jar() -> Path:
     return Path(subprocess.run([BUILD], stdout=subprocess.PIPE, text=True, check=True, timeout=900).stdout.strip())
 
 
+_fetching: subprocess.Popen | None = None
+"""What `fetch_ahead` began."""
+
+
 def fetch_ahead() -> None:
     """Begins to fetch and build what a cluster is made of, which takes minutes the first time, beside other tests."""
     global _fetching
@@ -70,9 +74,6 @@ def stop_fetching() -> None:
 def _wait_for_fetch() -> None:
     if _fetching is not None:
         _fetching.wait(timeout=900)  # What it could not fetch is tried again, and told.
-
-
-_fetching: subprocess.Popen | None = None
 
 
 def answers(port: int) -> bool:
