@@ -32,9 +32,6 @@ BUILT_JAR = ".cache/flink/job-server/*job-server*.jar"
 WORKER_PLUGIN = "pipeline.flink_worker"
 """What each worker imports before it begins."""
 
-ROWS_PER_SHARD = 20_000
-"""The most rows of a file where nobody says: Flink hands all rows of one to its writer at once, in memory."""
-
 _DEFAULTS = {
     # One process for each TaskManager and its GPU: all its slots share the model.
     "sdk_worker_parallelism": "1",
@@ -49,6 +46,9 @@ _DEFAULTS = {
 
 _SUBMITTER_JVM = "-XX:TieredStopAtLevel=1"
 """For a job server that hands a job over and ends: better optimised code would come too late for it."""
+
+_EMBEDDED_JVM = "--add-opens=java.base/java.lang=ALL-UNNAMED"
+"""As Flink's own scripts have it: without, Flink cannot tell of which memory it ran out."""
 
 
 def _flag(text: str) -> bool:
@@ -127,9 +127,11 @@ def complete(given: Sequence[str], setup_file: str | None) -> list[str]:
             "machine see with --artifacts_dir, on gs:// or on a shared disk"
         )
     names = {option.partition("=")[0] for option in given}
-    plugin = f"--beam_plugin={WORKER_PLUGIN}"  # Beside those that were given.
     added = [f"--{name}={value}" for name, value in defaults.items() if f"--{name}" not in names]
-    return [*given, *added, *([] if plugin in given else [plugin])]
+    beside = [f"--beam_plugin={WORKER_PLUGIN}"]  # As all that follows: beside those that were given.
+    if master is None and not portable.job_endpoint:
+        beside.append(f"--job_server_jvm_properties={_EMBEDDED_JVM}")
+    return [*given, *added, *(option for option in beside if option not in given)]
 
 
 def master_of(beam_options: Sequence[str]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
+from pipeline.flink import is_flink
 from transforms.formats import BLANK_LINE
 from transforms.incremental import (
     HandOutVectors,
@@ -107,13 +108,14 @@ def build(pipeline: beam.Pipeline, job: Job) -> None:
 
     rows = (known_rows, new_rows) | "FlattenRows" >> beam.Flatten()
     rejected = (unreadable, duplicates, unencodable) | "FlattenRejected" >> beam.Flatten()
+    row_by_row = is_flink(job.run.runner)
     shards = (rows, winners | "CountRows" >> CountElements()) | "WriteEmbeddings" >> WriteEmbeddings(
-        job.run.folder, job.schema, job.rows_per_shard, job.compression
+        job.run.folder, job.schema, job.rows_per_shard, job.compression, row_by_row
     )
     rejected_files = (
         rejected,
         rejected | "CountRejected" >> CountElements(),
-    ) | "WriteRejected" >> WriteRejected(job.run.folder, job.rows_per_shard)
+    ) | "WriteRejected" >> WriteRejected(job.run.folder, job.rows_per_shard, row_by_row)
     tallies = (
         documents | "TallyDocuments" >> Tally("read"),
         unreadable | "TallyUnreadable" >> Tally("read", _blank_lines),

@@ -102,8 +102,6 @@ def parse(argv: Sequence[str]) -> EmbedOptions:
     values["input"] = tuple(arguments.input)
     values["text_field"] = tuple(arguments.text_field) if arguments.text_field else None
     values["keep_fields"] = tuple(filter(None, arguments.keep_fields))
-    if arguments.rows_per_shard is None:
-        values["rows_per_shard"] = flink.ROWS_PER_SHARD if flink.is_flink(arguments.runner) else ROWS_PER_SHARD
     output = values.pop("output")
     options = EmbedOptions(**values, output="output" if output is None else output, beam_options=tuple(beam_options))
     try:
@@ -278,9 +276,9 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--rows_per_shard",
         type=positive,
+        default=ROWS_PER_SHARD,
         metavar="ROWS",
-        help=f"the most rows of a Parquet file; on Flink, which holds them in memory, {flink.ROWS_PER_SHARD}; default "
-        f"{ROWS_PER_SHARD}",
+        help=f"the most rows of a Parquet file; default {ROWS_PER_SHARD}",
     )
     group.add_argument("--compression", choices=COMPRESSIONS, default="zstd", help="of the Parquet files; default zstd")
     group.add_argument(

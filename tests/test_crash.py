@@ -15,7 +15,7 @@ import pytest
 from embed_runs import PUBLISHED, contents_of, counts_of, embed, failure_of, latest, rows_of
 
 from pipeline import embed as embed_module
-from transforms import known_vectors, reconcile, storage, write
+from transforms import known_vectors, reconcile, shard_files, storage
 from transforms.encoder import BertLstmEncoder
 from transforms.snapshots import check_shards, list_published, list_work
 
@@ -234,10 +234,10 @@ def test_an_error_in_a_worker_is_told_in_one_line_and_leaves_nothing_behind(
         return raise_error
 
     if fault == "disk full":
-        monkeypatch.setattr(write._ParquetFile, "write", raising(OSError(28, "No space left on device")))
+        monkeypatch.setattr(shard_files.ParquetFile, "write", raising(OSError(28, "No space left on device")))
         told = "OSError: [Errno 28] No space left on device (in step WriteEmbeddings/"
     elif fault == "bug":
-        monkeypatch.setattr(write._ParquetFile, "write", raising(KeyError("x")))
+        monkeypatch.setattr(shard_files.ParquetFile, "write", raising(KeyError("x")))
         told = "KeyError: "
     elif fault == "no encoder":
         monkeypatch.setattr(BertLstmEncoder, "encode_tokens", raising(RuntimeError("the GPU fell off")))

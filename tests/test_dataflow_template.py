@@ -16,7 +16,6 @@ from google.cloud.dataflow import TemplateMetadata
 
 from pipeline import options
 from transforms import storage
-from transforms.write import ROWS_PER_SHARD
 
 pytest_plugins = ["gcs_emulator"]
 
@@ -37,9 +36,6 @@ LEFT_OUT = {
 """Options of `embed` that are no parameters, and why."""
 
 OF_BEAM = {"sdk_container_image", "dataflow_service_options"}
-
-DEPENDENT_DEFAULTS = {"rows_per_shard": ROWS_PER_SHARD}
-"""The defaults on Dataflow of options whose default depends on the runner."""
 
 # Each has values that it takes, and some that it must not.
 EXAMPLES: dict[str, tuple[list[str], list[str]]] = {
@@ -104,7 +100,7 @@ def test_the_others_are_options_of_beam(name):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_parameter_has_the_options_default_and_choices(name):
     parameter, action = PARAMETERS[name], ours().get(name)
-    default = DEPENDENT_DEFAULTS.get(name, None if action is None else action.default)
+    default = None if action is None else action.default
     default = None if default in ([], "") else default
     expected = {False: "false", None: None}.get(default, str(default)) if default is not True else "true"
     assert parameter.get("defaultValue") == expected

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
+from apache_beam.options.pipeline_options import JobServerOptions, PipelineOptions, SetupOptions
 from apache_beam.runners.portability.job_server import JavaJarJobServer
 from flink_cluster import BUILD, ROOT, SCRIPT, free_ports, wait_until
 
@@ -46,6 +46,7 @@ ALWAYS = {
     PLUGIN,
 }
 SUBMITTER = "--job_server_jvm_properties=-XX:TieredStopAtLevel=1"
+EMBEDDED = "--job_server_jvm_properties=--add-opens=java.base/java.lang=ALL-UNNAMED"
 """Where the job server only hands the job over."""
 
 
@@ -55,10 +56,10 @@ SUBMITTER = "--job_server_jvm_properties=-XX:TieredStopAtLevel=1"
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ([], {"--flink_master=[local]", "--flink_version=1.19", "--environment_type=LOOPBACK"}),
-        (["--flink_master=[auto]"], {"--flink_version=1.19", "--environment_type=LOOPBACK"}),
-        (["--flink_version=2.2"], {"--flink_master=[local]", "--environment_type=LOOPBACK"}),
-        (["--flink_job_server_jar=own.jar"], {"--flink_master=[local]", "--environment_type=LOOPBACK"}),
+        ([], {"--flink_master=[local]", "--flink_version=1.19", "--environment_type=LOOPBACK", EMBEDDED}),
+        (["--flink_master=[auto]"], {"--flink_version=1.19", "--environment_type=LOOPBACK", EMBEDDED}),
+        (["--flink_version=2.2"], {"--flink_master=[local]", "--environment_type=LOOPBACK", EMBEDDED}),
+        (["--flink_job_server_jar=own.jar"], {"--flink_master=[local]", "--environment_type=LOOPBACK", EMBEDDED}),
         (
             ["--flink_master=localhost:8081"],
             {"--environment_type=EXTERNAL", "--environment_config=localhost:50000", f"--setup_file={SETUP}", SUBMITTER},
@@ -98,12 +99,21 @@ def test_what_flink_needs_is_filled_in(given, expected):
 def test_a_job_servers_java_keeps_the_properties_that_are_given():
     given = "--job_server_jvm_properties=-Xmx2g"
     assert not any("jvm_properties" in option for option in added(given, "--flink_master=localhost:8081"))
+    completed = flink.complete([FLINK, given], None)
+    properties = PipelineOptions(completed).view_as(JobServerOptions).job_server_jvm_properties
+    assert properties == ["-Xmx2g", EMBEDDED.partition("=")[2]]
+    assert flink.complete(completed, None) == completed
 
 
 def test_what_a_person_gives_stands():
     numbers = ALWAYS - {"--faster_copy=true", PLUGIN}
     given = {option.partition("=")[0] + "=7" for option in numbers} | {"--faster_copy=false", PLUGIN}
-    assert added(*given) == {"--flink_master=[local]", "--flink_version=1.19", "--environment_type=LOOPBACK"}
+    assert added(*given) == {
+        "--flink_master=[local]",
+        "--flink_version=1.19",
+        "--environment_type=LOOPBACK",
+        EMBEDDED,
+    }
 
 
 def test_a_plugin_of_ones_own_is_imported_beside_ours():
@@ -150,10 +160,6 @@ def test_the_job_servers_own_options_are_known():
     assert options.rows_per_shard == 7
     with pytest.raises(SystemExit):
         parse(["--runner=flink", "--object_reuse=perhaps"])
-
-
-def test_files_are_smaller_on_flink_which_holds_one_in_memory():
-    assert parse(["--runner=flink"]).rows_per_shard == flink.ROWS_PER_SHARD < parse([]).rows_per_shard
 
 
 @pytest.mark.parametrize("name", ["flink", "Flink", "FlinkRunner", "apache_beam.runners.portability.FlinkRunner"])

@@ -12,7 +12,8 @@ import pytest
 from embed_runs import NOT_PUBLISHED, PUBLISHED, contents_of, counts_of, embed, failure_of, latest, rows_of
 
 from pipeline.__main__ import main
-from transforms import known_vectors, reconcile, storage, write
+from transforms import known_vectors, reconcile, shard_files, storage, write
+from transforms.shard_files import PARTS_FOLDER
 from transforms.snapshots import check_shards, list_published, list_work
 
 pytest_plugins = ["gcs_emulator"]
@@ -124,14 +125,17 @@ def test_tries_of_shards_that_failed_leave_nothing_after_publishing(bucket, monk
     process = write._WriteShard.process
     left = []
 
+    def count_parts() -> int:
+        return sum(f"/{PARTS_FOLDER}/" in name for name in storage.list_files(output))
+
     def process_at_the_third_try(step, group):
         with monkeypatch.context() as patch:
-            patch.setattr(write._ParquetFile, "close", lambda file: 1 / 0)
+            patch.setattr(shard_files.ParquetFile, "close", lambda file: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 list(process(step, group))
-        left.append(len(storage.list_files(step._parts_folder)))
+        left.append(count_parts())
         list(process(step, group))  # It wrote all, and its worker died before anybody heard of it.
-        left.append(len(storage.list_files(step._parts_folder)))
+        left.append(count_parts())
         yield from process(step, group)
 
     with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ from embed_runs import PUBLISHED, contents_of, counts_of, embed, latest, rows_of
 
 from pipeline.__main__ import main
 from pipeline.runners import PRISM, PRISM_PACKAGE
-from transforms import write
+from transforms import shard_files
 from transforms.snapshots import check_shards, list_published
 
 # The first run builds Prism, which takes some minutes.
@@ -139,7 +139,7 @@ def test_a_step_that_fails_on_prism_is_told_and_the_next_run_publishes(
     def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(write._ParquetFile, "write", fail)
+    monkeypatch.setattr(shard_files.ParquetFile, "write", fail)
     assert run("--runner=prism", *corpora[False], output=tmp_path) == 1
     [told] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert told.startswith("error: OSError: [Errno 28] No space left on device (in step WriteEmbeddings/")

@@ -17,8 +17,8 @@ from transforms import reconcile, storage
 from transforms.manifest import check_manifest
 from transforms.publish import ConcurrentRunError, claim
 from transforms.reconcile import PublishSnapshot, Run, build_manifest, finish
+from transforms.shard_files import PARTS_FOLDER, ShardFile
 from transforms.snapshots import latest_version, list_published, list_work, read_latest, snapshot_names, work_folder
-from transforms.write import PARTS_FOLDER, ShardFile
 
 ENCODER = {
     "fingerprint": "f" * 64,

@@ -1,16 +1,10 @@
 """What lies in a snapshot's folder once rows and rejected records are written."""
 
 import functools
-import gc
-import hashlib
-import itertools
 import json
 import pickle
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import date, datetime, timezone
-from decimal import Decimal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,77 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_pipeline import TestPipeline as Pipeline
-from snapshot_helper import embedding
+from rows_helper import PLAIN, SCHEMA, check_described, check_footer, expected_row, read_rows, rows_of
 
-from transforms import storage, write
-from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, output_schema, pack_row
-from transforms.shards import BrokenShardError, open_shard
-from transforms.write import (
-    COMPRESSIONS,
-    PARTS_FOLDER,
-    ShardFile,
-    WriteEmbeddings,
-    WriteRejected,
-    embeddings_table,
-    shard_count,
-)
-
-pytest_plugins = ["gcs_emulator"]
-
-KEPT = pa.schema(
-    [
-        ("year", pa.int16()),
-        ("title", pa.string()),
-        ("tags", pa.list_(pa.string())),
-        ("at", pa.timestamp("us", "UTC")),
-        ("day", pa.date32()),
-        ("price", pa.decimal128(10, 2)),
-        ("score", pa.float64()),
-        ("place", pa.struct([("lat", pa.float64()), ("names", pa.list_(pa.string()))])),
-        ("blob", pa.binary()),
-    ]
-)
-FULL = {
-    "year": -5,
-    "title": "naïve 東京 🙂 \u2028 \x00",
-    "tags": ["a", None, ""],
-    "at": datetime(2026, 11, 22, 18, 0, 0, 123456, timezone.utc),
-    "day": date(1969, 12, 31),
-    "price": Decimal("-12345678.90"),
-    "score": float("inf"),
-    "place": {"lat": 1.5, "names": ["x"]},
-    "blob": b"\x00\xff",
-}
-METADATA = {"encoder.fingerprint": "f" * 64, "encoder.pooling": "mean"}
-SCHEMA = output_schema(KEPT, METADATA)
-PLAIN = output_schema(pa.schema([]), {})
-
-
-def rows_of(number: int) -> list[Embedding]:
-    """Rows with all kept fields, some and none of them."""
-    variants: list[dict[str, Any]] = [FULL, {"year": 3}, {}]
-    return [
-        embedding(f"id {place}", **variants[place % 3])._replace(truncated=place % 2 == 0, num_tokens=place)
-        for place in range(number)
-    ]
-
-
-def expected_row(row: Embedding) -> dict[str, Any]:
-    columns = {name: getattr(row, name) for name in FIXED_COLUMNS.names} | dict.fromkeys(KEPT.names) | dict(row.fields)
-    return columns | {"embedding": row.embedding.tobytes()}
-
-
-def read_rows(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """All rows by id, each there once, vectors as bytes."""
-    rows = [row for path in paths for row in pq.read_table(path, page_checksum_verification=True).to_pylist()]
-    assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: row | {"embedding": np.float32(row["embedding"]).tobytes()} for row in rows}
-
-
-def check_described(folder: Path, file: ShardFile) -> None:
-    data = (folder / file.file).read_bytes()
-    assert (file.bytes, file.checksum) == (len(data), f"sha256:{hashlib.sha256(data).hexdigest()}")
-
+from transforms import shard_files, write
+from transforms.schema import Embedding, Rejected, pack_row
+from transforms.shard_files import PARTS_FOLDER, ParquetFile, ShardFile, ShardWriter
+from transforms.shards import BrokenShardError
+from transforms.write import WriteEmbeddings, WriteRejected, shard_count
 
 # All cases go through one pipeline: starting one takes longer than writing.
 
@@ -106,11 +36,12 @@ class Case:
     rows_per_shard: int
     said_rows: int | None = None  # What the pipeline is told, which may be a little wrong.
     compression: str = "zstd"
+    row_by_row: bool = False
 
     @property
     def name(self) -> str:
-        name = f"{self.num_rows} rows in shards of {self.rows_per_shard}"
-        return name if self.said_rows is None else f"{name}, said to be {self.said_rows}"
+        said = "" if self.said_rows is None else f", said to be {self.said_rows}"
+        return f"{self.num_rows} rows in shards of {self.rows_per_shard}{said}{', row by row' * self.row_by_row}"
 
 
 CASES = [
@@ -123,8 +54,17 @@ CASES = [
     Case(25, 10, said_rows=1),
     Case(25, 10, said_rows=1000),
 ]
+CASES += [replace(case, row_by_row=True) for case in CASES]
 ODD = ["plain", "naïve 東京 🙂", '\u2028 \x00 \t " \\ \r\n', "\ufeff\ufffd", "lone \ud800 surrogate", ""]
 REJECTED = [Rejected(f"{text}.jsonl", place, text, "wrong_type", text, text) for place, text in enumerate(ODD)]
+
+REJECTED_CASES = [
+    ("rejected", REJECTED, 10, False),
+    ("rejected in twos", REJECTED, 2, False),
+    ("rejected in twos, row by row", REJECTED, 2, True),
+    ("nothing rejected", [], 10, False),
+    ("nothing rejected, row by row", [], 10, True),
+]
 
 
 @dataclass
@@ -135,7 +75,7 @@ class Written:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> dict[str, Written]:
-    """What was written for each case, and for REJECTED as `rejected` and in files of 2 as `rejected in twos`."""
+    """What was written for each case, by its name."""
     root = tmp_path_factory.mktemp("written")
     folders = {}
 
@@ -156,11 +96,11 @@ def written(tmp_path_factory) -> dict[str, Written]:
         for place, case in enumerate(CASES):
             rows = rows_of(case.num_rows)
             packed = [pack_row(row) for row in rows] if place % 2 else rows
-            transform = WriteEmbeddings(str(root / case.name), SCHEMA, case.rows_per_shard, case.compression)
+            folder = str(root / case.name)
+            transform = WriteEmbeddings(folder, SCHEMA, case.rows_per_shard, case.compression, case.row_by_row)
             run(pipeline, case.name, packed, case.num_rows if case.said_rows is None else case.said_rows, transform)
-        run(pipeline, "rejected", REJECTED, len(REJECTED), WriteRejected(str(root / "rejected")))
-        run(pipeline, "rejected in twos", REJECTED, len(REJECTED), WriteRejected(str(root / "rejected in twos"), 2))
-        run(pipeline, "nothing rejected", [], 0, WriteRejected(str(root / "nothing rejected")))
+        for name, records, most, row_by_row in REJECTED_CASES:
+            run(pipeline, name, records, len(records), WriteRejected(str(root / name), most, row_by_row))
     return {
         name: Written(folder, sorted(pickle.loads((root / f"{name}.files").read_bytes()), key=lambda file: file.file))
         for name, folder in folders.items()
@@ -190,29 +130,6 @@ def test_shards_hold_each_row_once_and_none_is_empty_or_too_full(written, case):
         check_described(folder, file)
     if folder.exists():
         assert list((folder / PARTS_FOLDER).iterdir()) == []
-
-
-def check_footer(path: Path, compression: str) -> None:
-    with pq.ParquetFile(path) as parquet:
-        schema, group = parquet.schema_arrow, parquet.metadata.row_group(0)
-    assert schema.names == [*FIXED_COLUMNS.names, *KEPT.names]
-    assert schema.equals(SCHEMA)
-    assert schema.field("embedding").type == pa.list_(pa.float32(), EMBEDDING_DIM)
-    assert {key.decode(): value.decode() for key, value in schema.metadata.items()} == METADATA
-    codecs = {group.column(place).compression for place in range(group.num_columns)}
-    assert codecs == {{"none": "UNCOMPRESSED"}.get(compression, compression.upper())}
-
-
-@pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_every_codec_is_written(tmp_path, compression):
-    path = tmp_path / "shard"
-    sink = write._HashedFile(str(path))
-    file = write._ParquetFile(sink, SCHEMA, compression)
-    file.write(rows_of(5))
-    file.close()
-    sink.close()
-    check_footer(path, compression)
-    assert read_rows([path]) == {row.id: expected_row(row) for row in rows_of(5)}
 
 
 @pytest.mark.parametrize("reader", ["duckdb", "polars", "pandas", "pyarrow"])
@@ -267,7 +184,7 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 # Rejected records.
 
 
-@pytest.mark.parametrize(("name", "most"), [("rejected", len(ODD)), ("rejected in twos", 2)])
+@pytest.mark.parametrize(("name", "most"), [(name, most) for name, rows, most, _ in REJECTED_CASES if rows])
 def test_rejected_records_come_back_as_they_were(written, name, most):
     folder, files = written[name].folder, written[name].files
     assert [file.file for file in files] == [
@@ -287,28 +204,23 @@ def test_rejected_records_come_back_as_they_were(written, name, most):
     assert sorted(records, key=lambda one: one["position"]) == writable
 
 
-def test_where_nothing_is_rejected_there_is_no_file(written):
-    assert written["nothing rejected"].files == []
-    assert not written["nothing rejected"].folder.exists()
+@pytest.mark.parametrize("name", [name for name, rows, _, _ in REJECTED_CASES if not rows])
+def test_where_nothing_is_rejected_there_is_no_file(written, name):
+    assert written[name].files == []
+    assert not written[name].folder.exists()
 
 
 # Step by step, as a runner may repeat the steps.
 
 
-@pytest.fixture(params=["local", "gs"])
-def anywhere(request, tmp_path) -> str:
-    """A folder on this machine, and one on gs://."""
-    return str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('gcs_bucket')}/folder"
+def writer_of(folder: Path, rows_per_shard: int, shard: int) -> ShardWriter:
+    file_type = functools.partial(ParquetFile, schema=PLAIN, compression="zstd")
+    return ShardWriter(str(folder), shard, rows_per_shard, file_type, write._embedding_tallies)
 
 
-def write_shard(
-    folder: Path | str, rows: Sequence[Embedding], rows_per_shard: int = 10, shard: int = 0
-) -> list[ShardFile]:
-    file_type = functools.partial(write._ParquetFile, schema=PLAIN, compression="zstd")
-    step = write._WriteShard(
-        str(folder), rows_per_shard, file_type, write._embedding_tallies, write._unpacked_embedding
-    )
-    return list(step.process((shard, [pack_row(row) for row in rows])))
+def write_shard(folder: Path, rows: Iterable[Embedding], rows_per_shard: int = 10, shard: int = 0) -> list[ShardFile]:
+    step = write._WriteShard(functools.partial(writer_of, folder, rows_per_shard), write._unpacked_embedding)
+    return list(step.process((shard, (pack_row(row) for row in rows))))
 
 
 def name_shard(folder: Path, file: ShardFile, files: Sequence[ShardFile]) -> ShardFile:
@@ -351,36 +263,6 @@ def test_what_a_failed_try_left_is_neither_named_nor_counted(tmp_path):
     assert duckdb.sql(f"SELECT count(*) FROM '{tmp_path}/**/*.parquet'").fetchall() == [(4,)]
 
 
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("failing", ["a row", "closing"])
-def test_a_try_that_fails_leaves_only_what_it_had_finished(anywhere, monkeypatch, failing):
-    rows = rows_of(9)
-    if failing == "a row":
-        # The first half of the last file has reached its storage by then.
-        monkeypatch.setattr(write, "_ROWS_PER_ROW_GROUP", 1)
-        rows[6] = rows[6]._replace(embedding=rows[6].embedding * np.nan)
-        with pytest.raises(ValueError, match="the vector of 'id 6' is not 256 finite"):
-            write_shard(anywhere, rows, 4)
-    else:
-        closes = write._HashedFile.close
-        number = itertools.count()
-        full = OSError("the disk is full")
-
-        def close(sink):
-            if not sink.closed and next(number) == 1:
-                raise full
-            closes(sink)
-
-        monkeypatch.setattr(write._HashedFile, "close", close)
-        with pytest.raises(OSError, match="the disk is full"):
-            write_shard(anywhere, rows, 4)
-    gc.collect()  # What an unfinished upload or a Parquet writer does at its end, it does now.
-    (part,) = storage.list_files(anywhere)
-    assert part.startswith(f"{PARTS_FOLDER}/0-0-")
-    with open_shard(f"{anywhere}/{part}") as shard:
-        assert shard.metadata.num_rows == 4
-
-
 def test_a_footer_that_disagrees_with_what_was_written_is_an_error(tmp_path):
     (file,) = write_shard(tmp_path, rows_of(3))
     wrong = file._replace(rows=4)
@@ -408,19 +290,49 @@ def test_a_shard_that_is_not_what_was_written_is_an_error(tmp_path):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_large_shards_have_several_row_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_ROWS_PER_ROW_GROUP", 4)
-    (file,) = write_shard(tmp_path, rows_of(10))
-    metadata = pq.read_metadata(tmp_path / PARTS_FOLDER / file.file)
-    assert [metadata.row_group(place).num_rows for place in range(metadata.num_row_groups)] == [4, 4, 2]
-    assert file.rows == 10
-
-
 def test_rows_are_counted_by_where_their_vector_comes_from(tmp_path):
     origins = ["encoded", "encoded", "reused", "recovered", "reused"]
     rows = [row._replace(origin=origin, num_tokens=10) for row, origin in zip(rows_of(5), origins, strict=True)]
     (file,) = write_shard(tmp_path, rows)
     assert file.tallies == {"encoded": 2, "reused": 2, "recovered": 1, "truncated": 3}
+
+
+def keyed_rows(*shards: int) -> list[tuple[int, tuple]]:
+    """A packed row for each number, which is its shard's."""
+    return [(shard, pack_row(row)) for shard, row in zip(shards, rows_of(len(shards)), strict=True)]
+
+
+def write_bundle(step: Any, keyed: Iterable[tuple[int, tuple]]) -> list[ShardFile]:
+    step.start_bundle()
+    files = [file for one in keyed for file in step.process(one)]
+    return files + [windowed.value for windowed in step.finish_bundle()]
+
+
+def test_row_by_row_each_bundle_writes_files_of_its_own(tmp_path):
+    """Wherever an engine ends its bundles, also within a shard, each row is named once."""
+    step = write._WriteRows(functools.partial(writer_of, tmp_path, 2), write._unpacked_embedding)
+    keyed = keyed_rows(7, 2, 7, 7, 2, 2, 7)
+    files = write_bundle(step, keyed[:4]) + write_bundle(step, keyed[4:])
+    assert [(file.shard, file.part, file.rows) for file in files] == [
+        (7, 0, 2), (7, 1, 1), (2, 0, 1), (2, 0, 2), (7, 0, 1)
+    ]  # fmt: skip
+    named = [name_shard(tmp_path, file, files) for file in files]
+    assert sorted(file.file for file in named) == [f"embeddings-0000{k}-of-00005.parquet" for k in range(5)]
+    assert [file.shard for file in sorted(named, key=lambda file: file.file)] == [2, 2, 7, 7, 7]
+    assert read_rows([tmp_path / file.file for file in named]).keys() == {row[0] for _, row in keyed}
+
+
+@pytest.mark.parametrize("end", ["start_bundle", "teardown"])
+def test_row_by_row_a_bundle_that_fails_leaves_nothing(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(shard_files, "_ROWS_PER_ROW_GROUP", 1)
+    step = write._WriteRows(functools.partial(writer_of, tmp_path, 9), write._unpacked_embedding)
+    keyed = keyed_rows(1, 2, 1, 2)
+    with pytest.raises(TypeError, match="Expected 8 arguments, got 2"):
+        write_bundle(step, [*keyed, (2, ("too", "short"))])
+    assert len(list((tmp_path / PARTS_FOLDER).iterdir())) == 2
+    getattr(step, end)()
+    assert list((tmp_path / PARTS_FOLDER).iterdir()) == []
+    assert [(file.shard, file.rows) for file in write_bundle(step, keyed)] == [(1, 2), (2, 2)]
 
 
 def test_rows_go_to_shards_by_their_id_alone():
@@ -444,103 +356,6 @@ def test_shards_have_room_for_the_chance_of_hashing(rows_per_shard):
         assert mean < rows_per_shard
         assert rows_per_shard < 2000 or mean + 3.9 * mean**0.5 <= rows_per_shard
         assert rows / rows_per_shard <= shard_count(rows, rows_per_shard) <= 1.12 * rows / rows_per_shard + 1
-
-
-# Types of kept fields.
-
-SECOND = 1_795_370_400
-NAMES = ["a", None]
-SAME = None
-KINDS: list[tuple[pa.DataType, Any, pa.DataType | None]] = [
-    (pa.timestamp("s"), SECOND, pa.timestamp("ms")),
-    (pa.timestamp("ms"), SECOND * 10**3 + 1, SAME),
-    (pa.timestamp("us"), SECOND * 10**6 + 1, SAME),
-    (pa.timestamp("ns"), SECOND * 10**9 + 1, SAME),
-    (pa.timestamp("s", "UTC"), SECOND, pa.timestamp("ms", "UTC")),
-    (pa.timestamp("ns", "Europe/Berlin"), SECOND * 10**9 + 1, SAME),
-    (pa.time32("s"), 86_399, pa.time32("ms")),
-    (pa.time32("ms"), 86_399_999, SAME),
-    (pa.time64("us"), 86_399_999_999, SAME),
-    (pa.time64("ns"), 86_399_999_999_999, SAME),
-    (pa.date32(), -1, SAME),
-    (pa.date64(), -86_400_000, pa.date32()),
-    (pa.duration("s"), 5, SAME),
-    (pa.duration("ns"), 5, SAME),
-    (pa.decimal128(38, 10), Decimal("-1.0000000001"), SAME),
-    (pa.decimal256(50, 3), Decimal("12345678901234567890123456789012345678901234567.891"), SAME),
-    (pa.int8(), -128, SAME),
-    (pa.uint64(), (1 << 64) - 1, SAME),
-    (pa.float16(), 1.5, SAME),
-    (pa.float32(), 0.1, SAME),
-    (pa.bool_(), False, SAME),
-    (pa.large_string(), "東京", SAME),
-    (pa.large_binary(), b"\xff", SAME),
-    (pa.binary(4), b"\xff\x00ab", SAME),
-    (pa.list_(pa.string()), NAMES, SAME),
-    (pa.large_list(pa.string()), NAMES, SAME),
-    (pa.list_(pa.timestamp("s")), [SECOND, None], pa.list_(pa.timestamp("ms"))),
-    (pa.map_(pa.string(), pa.duration("us")), [("k", 5), ("l", None)], SAME),
-    (pa.struct([("at", pa.timestamp("s")), ("names", pa.list_(pa.string()))]), {"at": SECOND, "names": NAMES},
-     pa.struct([("at", pa.timestamp("ms")), ("names", pa.list_(pa.string()))])),
-]  # fmt: skip
-"""Type, a value as it travels, and the type it is read with."""
-
-
-def test_kept_values_come_back_and_types_but_for_those_that_parquet_lacks(tmp_path):
-    schema = output_schema(pa.schema([(str(place), type_) for place, (type_, _, _) in enumerate(KINDS)]), {})
-    fields = {str(place): value for place, (_, value, _) in enumerate(KINDS)}
-    pq.write_table(embeddings_table([embedding("full", **fields), embedding("empty")], schema), tmp_path / "x.parquet")
-    table = pq.read_table(tmp_path / "x.parquet")
-    for place, (type_, value, read_type) in enumerate(KINDS):
-        column = table.column(str(place)).combine_chunks()
-        assert column.type == (read_type or type_)
-        assert column.cast(type_).equals(pa.array([value, None], type_)), type_
-
-
-# Rows that must not be written.
-
-
-def bad_vectors() -> list[np.ndarray]:
-    good = embedding("good").embedding
-    nan, infinite = good.copy(), good.copy()
-    nan[7], infinite[255] = np.nan, -np.inf
-    return [
-        nan,
-        infinite,
-        good[:255],
-        np.append(good, good[:1]),
-        good.astype(np.float64),
-        good.reshape(1, -1),
-        good[:0],
-    ]
-
-
-@pytest.mark.parametrize("vector", bad_vectors(), ids=["nan", "inf", "255", "257", "float64", "2d", "none"])
-def test_a_vector_that_is_not_256_finite_numbers_is_refused_by_its_id(vector):
-    rows = [embedding("good"), embedding("it's bad", vector=vector)]
-    with pytest.raises(ValueError, match=r'the vector of "it\'s bad" is not 256 finite float32 numbers: array\('):
-        embeddings_table(rows, PLAIN)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("year", 2**15),
-        ("year", "2026"),
-        ("year", 2**70),
-        ("title", 5),
-        ("title", "\ud800"),
-        ("tags", 5),
-        ("at", "2026-11-22"),
-        ("price", Decimal("0.001")),
-        ("place", 1),
-    ],
-)
-def test_a_kept_value_that_does_not_fit_is_refused_by_its_id_and_column(name, value):
-    rows = [embedding("first", **FULL), embedding("second", **{name: value}), embedding("third", **FULL)]
-    message = f"kept field '{name}' of 'second' does not fit its column's type {KEPT.field(name).type}: "
-    with pytest.raises(ValueError, match=re.escape(message)):
-        embeddings_table(rows, SCHEMA)
 
 
 def test_arguments_out_of_range_are_refused_at_once():

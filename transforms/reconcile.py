@@ -11,8 +11,8 @@ import apache_beam as beam
 from transforms import storage
 from transforms.publish import abandon, publish, remove_leftovers, remove_old
 from transforms.schema import SNAPSHOT_FORMAT
+from transforms.shard_files import PARTS_FOLDER, ShardFile
 from transforms.snapshots import LatestVersion, remove_work, snapshot_folder
-from transforms.write import PARTS_FOLDER, ShardFile
 
 REPORT_FILE = "report.json"
 """In the folder of a snapshot that was not published: why, with the counts. Nothing but a person reads it."""

@@ -2,178 +2,33 @@
 
 import functools
 import hashlib
-import io
-import itertools
-import json
 import math
-import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.coders import VarIntCoder
 from apache_beam.io.filesystems import FileSystems
+from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
+from apache_beam.transforms.window import GlobalWindows
 
-from transforms import storage
-from transforms.schema import EMBEDDING_DIM, FIXED_COLUMNS, Embedding, Rejected, pack_row
+from transforms.schema import Embedding, Rejected, pack_row
+from transforms.shard_files import (
+    PARTS_FOLDER,
+    HashedFile,
+    JsonLinesFile,
+    ParquetFile,
+    RowFile,
+    ShardFile,
+    ShardWriter,
+)
 from transforms.shards import BrokenShardError, DamagedSnapshotError, open_shard
 
 ROWS_PER_SHARD = 250_000
 COMPRESSIONS = ("zstd", "snappy", "gzip", "lz4", "none")
-
-PARTS_FOLDER = ".parts"
-"""Where shards are written before they get their names; publishing removes it, and with it what failed tries left."""
-
-_ROWS_PER_ROW_GROUP = 10_000
-
-
-class ShardFile(NamedTuple):
-    """A file of a snapshot.
-
-    Attributes:
-      shard: number of the shard it was written for; with `part` its place in the order of the files.
-      part: number of the file within the shard.
-      file: its name in the snapshot's folder.
-      rows: rows in it.
-      bytes: its size.
-      checksum: `sha256:` and the SHA-256 of its bytes in hex.
-      tallies: counts over its rows by name.
-    """
-
-    shard: int
-    part: int
-    file: str
-    rows: int
-    bytes: int
-    checksum: str
-    tallies: Mapping[str, int]
-
-
-class _HashedFile(io.RawIOBase):
-    """A file for writing that counts and hashes what goes through it."""
-
-    def __init__(self, path: str):
-        super().__init__()
-        self._path = path
-        self._is_discarded = False
-        self._file = FileSystems.create(
-            path, mime_type="application/octet-stream", compression_type=CompressionTypes.UNCOMPRESSED
-        )
-        self._digest = hashlib.sha256()
-        self.size_bytes = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data) -> int:
-        if self._is_discarded:
-            return len(data)
-        self._file.write(data)
-        self._digest.update(data)
-        self.size_bytes += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed and not self._is_discarded:
-            self._file.close()
-        super().close()
-
-    def discard(self) -> None:
-        """Removes the file, after an error: what a format's writer adds at its own end goes nowhere."""
-        self._is_discarded = True
-        # Closing an upload to gs:// would make an object of its first half, so it is called off.
-        end = getattr(self._file, "terminate", self._file.close)
-        for step in (end, lambda: storage.delete_files([self._path])):
-            with suppress(Exception):  # The error that led here is the one to tell; publishing removes all parts.
-                step()
-
-    @property
-    def checksum(self) -> str:
-        return f"sha256:{self._digest.hexdigest()}"
-
-
-class _RowFile(Protocol):
-    """A file of one format that takes rows."""
-
-    def write(self, rows: Sequence[Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _ParquetFile:
-    """Embeddings as Parquet."""
-
-    def __init__(self, sink: _HashedFile, schema: pa.Schema, compression: str):
-        self._schema = schema
-        self._writer = pq.ParquetWriter(
-            pa.PythonFile(sink, mode="w"),
-            schema,
-            compression=compression,
-            # Ids, hashes and vectors hardly repeat: a dictionary of them is built in vain.
-            use_dictionary=[name for name in schema.names if name not in ("id", "content_hash", "embedding")],
-            write_page_checksum=True,
-        )
-
-    def write(self, rows: Sequence[Embedding]) -> None:
-        self._writer.write_table(embeddings_table(rows, self._schema), row_group_size=len(rows))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _JsonLinesFile:
-    """Rejected records as JSON Lines."""
-
-    def __init__(self, sink: _HashedFile):
-        self._sink = sink
-
-    def write(self, rows: Sequence[Rejected]) -> None:
-        lines = (json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
-        self._sink.write("".join(lines).encode("utf-8"))
-
-    def close(self) -> None:
-        self._sink.close()
-
-
-def embeddings_table(rows: Sequence[Embedding], schema: pa.Schema) -> pa.Table:
-    """Returns rows as a table.
-
-    Raises:
-      ValueError: a vector is not 256 finite float32 numbers, or a kept field does not fit its column; names the id.
-    """
-    for row in rows:
-        vector = row.embedding
-        if vector.shape != (EMBEDDING_DIM,) or vector.dtype != np.float32 or not np.isfinite(vector).all():
-            raise ValueError(f"the vector of {row.id!r} is not {EMBEDDING_DIM} finite float32 numbers: {vector!r}")
-    flat = pa.array(np.concatenate([row.embedding for row in rows]))
-    columns = [
-        pa.array([row.id for row in rows], pa.string()),
-        pa.FixedSizeListArray.from_arrays(flat, EMBEDDING_DIM),
-        pa.array([row.content_hash for row in rows], pa.string()),
-        pa.array([row.encoder for row in rows], pa.string()),
-        pa.array([row.num_tokens for row in rows], pa.int32()),
-        pa.array([row.truncated for row in rows], pa.bool_()),
-    ]
-    columns += [_kept_column(rows, field) for field in list(schema)[len(FIXED_COLUMNS) :]]
-    return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _kept_column(rows: Sequence[Embedding], field: pa.Field) -> pa.Array:
-    try:
-        return pa.array([row.fields.get(field.name) for row in rows], field.type)
-    except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
-        if len(rows) > 1:
-            for row in rows:
-                _kept_column([row], field)  # Raises at the row that is to blame.
-        raise ValueError(
-            f"kept field {field.name!r} of {rows[0].id!r} does not fit its column's type {field.type}: {error}"
-        ) from error
 
 
 def shard_count(rows: int, rows_per_shard: int) -> int:
@@ -199,48 +54,56 @@ class _KeyByShard(beam.DoFn):
 
 
 class _WriteShard(beam.DoFn):
-    """(shard, rows) to files of at most `rows_per_shard` rows, under names that no other try uses."""
+    """(shard, rows) to files."""
 
-    def __init__(
-        self,
-        folder: str,
-        rows_per_shard: int,
-        file_type: Callable[[_HashedFile], _RowFile],
-        tallies_of: Callable[[Any], Mapping[str, int]],
-        unpack: Callable[[Sequence[Any]], Any],
-    ):
+    def __init__(self, writer_of: Callable[[int], ShardWriter], unpack: Callable[[Sequence[Any]], Any]):
+        self._writer_of = writer_of
         self._unpack = unpack
-        self._parts_folder = f"{folder}/{PARTS_FOLDER}"
-        self._rows_per_shard = rows_per_shard
-        self._file_type = file_type
-        self._tallies_of = tallies_of
 
     def process(self, group: tuple[int, Iterable[Any]]):
-        shard, values = group
-        rows = map(self._unpack, values)
-        part = 0
-        while first := list(itertools.islice(rows, 1)):
-            yield self._write(shard, part, itertools.chain(first, itertools.islice(rows, self._rows_per_shard - 1)))
-            part += 1
-
-    def _write(self, shard: int, part: int, rows: Iterator[Any]) -> ShardFile:
-        name = f"{shard}-{part}-{uuid.uuid4().hex}"
-        sink = _HashedFile(f"{self._parts_folder}/{name}")
-        num_rows = 0
-        tallies: Counter[str] = Counter()
+        shard, rows = group
+        writer = self._writer_of(shard)
         try:
-            file = self._file_type(sink)
-            while chunk := list(itertools.islice(rows, _ROWS_PER_ROW_GROUP)):
-                file.write(chunk)
-                num_rows += len(chunk)
-                for row in chunk:
-                    tallies.update(self._tallies_of(row))
-            file.close()
-            sink.close()
+            yield from filter(None, map(writer.write, map(self._unpack, rows)))
+            yield from filter(None, [writer.finish()])
         except BaseException:
-            sink.discard()
+            writer.discard()
             raise
-        return ShardFile(shard, part, name, num_rows, sink.size_bytes, sink.checksum, dict(tallies))
+
+
+class _WriteRows(beam.DoFn):
+    """(shard, row) to files, of each shard at least one for each bundle that has rows of it.
+
+    It keeps no state, and declares one all the same: this has an engine bring the rows of a shard together.
+    """
+
+    _STATE = beam.DoFn.StateParam(ReadModifyWriteStateSpec("unused", VarIntCoder()))
+
+    def __init__(self, writer_of: Callable[[int], ShardWriter], unpack: Callable[[Sequence[Any]], Any]):
+        self._writer_of = writer_of
+        self._unpack = unpack
+        self._writers: dict[int, ShardWriter] = {}
+
+    def start_bundle(self):
+        self._discard()  # What a bundle that failed has left.
+
+    def process(self, keyed: tuple[int, Any], _=_STATE):
+        shard, row = keyed
+        if shard not in self._writers:
+            self._writers[shard] = self._writer_of(shard)
+        yield from filter(None, [self._writers[shard].write(self._unpack(row))])
+
+    def finish_bundle(self):
+        for shard in list(self._writers):
+            if file := self._writers.pop(shard).finish():
+                yield GlobalWindows.windowed_value(file)
+
+    def teardown(self):
+        self._discard()
+
+    def _discard(self) -> None:
+        while self._writers:
+            self._writers.popitem()[1].discard()
 
 
 class _NameShard(beam.DoFn):
@@ -253,7 +116,9 @@ class _NameShard(beam.DoFn):
         self._count_rows = count_rows
 
     def process(self, shard: ShardFile, shards: Sequence[ShardFile]):
-        index = sum((other.shard, other.part) < (shard.shard, shard.part) for other in shards)
+        # By the file's name too: of two bundles with rows of one shard, each has counted its parts from 0.
+        place = shard.shard, shard.part, shard.file
+        index = sum((other.shard, other.part, other.file) < place for other in shards)
         name = f"{self._prefix}-{index:05d}-of-{len(shards):05d}.{self._extension}"
         source, target = f"{self._folder}/{PARTS_FOLDER}/{shard.file}", f"{self._folder}/{name}"
         # Where an earlier try got as far as moving it, only the target is there.
@@ -272,28 +137,32 @@ class _WriteShards(beam.PTransform):
     prefix: str
     extension: str
     rows_per_shard: int
-    file_type: Callable[[_HashedFile], _RowFile]
+    file_type: Callable[[HashedFile], RowFile]
     name_of: Callable[[Any], str]
     tallies_of: Callable[[Any], Mapping[str, int]]
     unpack: Callable[[Sequence[Any]], Any]
+    row_by_row: bool
     count_rows: Callable[[str], int] | None = None
 
     def expand(self, inputs):
         """Wires the shuffle into shards, the writing, and the naming."""
         rows, num_rows = inputs
-        shards = (
-            rows
-            | "KeyByShard"
-            >> beam.ParDo(_KeyByShard(self.rows_per_shard, self.name_of), beam.pvalue.AsSingleton(num_rows))
-            | "GroupByShard" >> beam.GroupByKey()
-            | "WriteShard"
-            >> beam.ParDo(_WriteShard(self.folder, self.rows_per_shard, self.file_type, self.tallies_of, self.unpack))
-            # A file exists once: what follows must not write it again when it is itself tried again.
-            | "KeepWritten" >> beam.Reshuffle()
-        )
+        keyed = rows | "KeyByShard" >> beam.ParDo(
+            _KeyByShard(self.rows_per_shard, self.name_of), beam.pvalue.AsSingleton(num_rows)
+        ).with_output_types(tuple[int, Any])
+        if self.row_by_row:
+            written = keyed | "WriteRows" >> beam.ParDo(_WriteRows(self._writer_of, self.unpack))
+        else:
+            groups = keyed | "GroupByShard" >> beam.GroupByKey()
+            written = groups | "WriteShard" >> beam.ParDo(_WriteShard(self._writer_of, self.unpack))
+        # A file exists once: what follows must not write it again when it is itself tried again.
+        shards = written | "KeepWritten" >> beam.Reshuffle()
         return shards | "NameShard" >> beam.ParDo(
             _NameShard(self.folder, self.prefix, self.extension, self.count_rows), beam.pvalue.AsList(shards)
         )
+
+    def _writer_of(self, shard: int) -> ShardWriter:
+        return ShardWriter(self.folder, shard, self.rows_per_shard, self.file_type, self.tallies_of)
 
 
 @dataclass
@@ -307,6 +176,8 @@ class WriteEmbeddings(beam.PTransform):
       schema: of the shards, as `output_schema` makes it.
       rows_per_shard: the most rows of a file.
       compression: one of `COMPRESSIONS`.
+      row_by_row: rows reach the writer of their shard one by one, not as one group. For an engine that holds a group
+        in memory, as Flink does. Another would keep many files open at a time, or write more and smaller ones.
 
     Raises:
       ValueError: an attribute is out of its range.
@@ -316,6 +187,7 @@ class WriteEmbeddings(beam.PTransform):
     schema: pa.Schema
     rows_per_shard: int = ROWS_PER_SHARD
     compression: str = "zstd"
+    row_by_row: bool = False
 
     def __post_init__(self):
         if self.compression not in COMPRESSIONS:
@@ -324,16 +196,16 @@ class WriteEmbeddings(beam.PTransform):
 
     def expand(self, inputs):
         """Wires the shards' writing for Parquet."""
-        file_type = functools.partial(_ParquetFile, schema=self.schema, compression=self.compression)
         return inputs | "WriteShards" >> _WriteShards(
             self.folder,
             "embeddings",
             "parquet",
             self.rows_per_shard,
-            file_type,
+            functools.partial(ParquetFile, schema=self.schema, compression=self.compression),
             _embedding_name,
             _embedding_tallies,
             _unpacked_embedding,
+            self.row_by_row,
             _count_rows,
         )
 
@@ -345,6 +217,7 @@ class WriteRejected(beam.PTransform):
     Attributes:
       folder: the snapshot's.
       rows_per_shard: the most records of a file.
+      row_by_row: as of `WriteEmbeddings`.
 
     Raises:
       ValueError: an attribute is out of its range.
@@ -352,6 +225,7 @@ class WriteRejected(beam.PTransform):
 
     folder: str
     rows_per_shard: int = ROWS_PER_SHARD
+    row_by_row: bool = False
 
     def __post_init__(self):
         _check_rows_per_shard(self.rows_per_shard)
@@ -363,10 +237,11 @@ class WriteRejected(beam.PTransform):
             "rejected",
             "jsonl",
             self.rows_per_shard,
-            _JsonLinesFile,
+            JsonLinesFile,
             _rejected_name,
             _rejected_tallies,
             Rejected._make,
+            self.row_by_row,
         )
 
 

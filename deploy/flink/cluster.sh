@@ -215,7 +215,7 @@ link_libraries() {
 
 write_settings() {
   cp "$flink"/conf/* "$FLINK_CONF_DIR/"
-  # Through here go the rows of a whole file at once, in each slot; see --rows_per_shard.
+  # Through here goes what each slot has on its way to the workers: README.md tells how much.
   local off_heap_mb=$((slots > 2 ? 128 * slots : 256))
   cat >"$FLINK_CONF_DIR/config.yaml" <<END
 $(sed -n '/^env:/,/^[^ #]/p' "$flink/conf/config.yaml" | sed '$d')
