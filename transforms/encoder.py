@@ -122,8 +122,9 @@ class BertLstmEncoder(nn.Module):
 
         The LSTM stays in float32: over thousands of steps its state would gather the rounding of a smaller type.
         """
-        self._window_embedder.forget_weights()
-        self._origin.move(self.bert, device, dtype)
+        if any((weight.device, weight.dtype) != (torch.device(device), dtype) for weight in self.bert.parameters()):
+            self._window_embedder.forget_weights()
+            self._origin.move(self.bert, device, dtype)
         self.lstm.to(device=device, dtype=torch.float32)
         return self
 

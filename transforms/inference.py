@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import apache_beam as beam
 import numpy as np
 import torch
 from apache_beam.ml.inference.base import ModelHandler, RunInference
+from apache_beam.utils.windowed_value import WindowedValue
 
 from transforms import progress
 from transforms.devices import DEVICES, DTYPES
@@ -31,6 +32,14 @@ from transforms.window_embedder import MAX_BATCH_TOKENS
 
 BATCH_TOKENS = 1 << 20
 """Tokens the handler sees at once: enough to sort the texts into batches with hardly any padding."""
+
+_TOKENIZED_TEXTS = 256
+_TOKENIZED_CHARS = 1 << 20
+"""Texts are tokenized once there are so many, or they have so many characters."""
+
+_CHUNK_TEXTS = 64
+_CHUNK_TOKENS = 8192
+"""The most texts, and tokens of several, that travel together to the workers that encode."""
 
 _logger = logging.getLogger(__name__)
 
@@ -147,7 +156,7 @@ class EncoderModelHandler(ModelHandler[TokenizedDocument, Encoded | Failed, Load
 
 
 class _Tokenize(beam.DoFn):
-    """Document to packed TokenizedDocument, or Failed where no token is left."""
+    """Documents to chunks of packed TokenizedDocuments; Failed where no token is left."""
 
     FAILED = "failed"
 
@@ -156,6 +165,8 @@ class _Tokenize(beam.DoFn):
         self._max_tokens = max_tokens
         self._expected = expected
         self._tokenizer: Any = None
+        self._waiting: list[WindowedValue] = []
+        self._waiting_chars = 0
 
     def setup(self):
         self._tokenizer = load_tokenizer(self._checkpoint, self._max_tokens)
@@ -169,21 +180,80 @@ class _Tokenize(beam.DoFn):
                     "machines the same release and checkpoint"
                 )
 
-    def process(self, document: Document):
-        text_hash, failure = "", _unusable(document)
-        if failure is None:
+    def start_bundle(self):
+        self._waiting.clear()
+        self._waiting_chars = 0
+
+    def process(self, document: Document, timestamp=beam.DoFn.TimestampParam, window=beam.DoFn.WindowParam):
+        failure = _unusable(document)
+        if failure is not None:
+            yield _failed(document, "", *failure)
+            return
+        self._waiting.append(WindowedValue(document, timestamp, (window,)))
+        self._waiting_chars += len(document.text)
+        if len(self._waiting) >= _TOKENIZED_TEXTS or self._waiting_chars >= _TOKENIZED_CHARS:
+            yield from self._tokenize_waiting()
+
+    def finish_bundle(self):
+        return self._tokenize_waiting()
+
+    def _tokenize_waiting(self) -> Iterator[WindowedValue | beam.pvalue.TaggedOutput]:
+        """Yields what comes of the documents that wait: some hundreds take half the time that they take one by one."""
+        waiting = self._waiting[:]
+        self._waiting.clear()
+        self._waiting_chars = 0
+        all_tokenized = self._tokenizer.tokenize([windowed.value.text for windowed in waiting])
+        chunk: _Chunk | None = None
+        for windowed, tokenized in zip(waiting, all_tokenized, strict=True):
+            document = windowed.value
             text_hash = content_hash(document.text)
-            (tokenized,) = self._tokenizer.tokenize([document.text])
             if not len(tokenized.token_ids):
-                failure = "empty_text", "the tokenizer keeps none of its characters"
-        document = document._replace(text=preview(document.text) if isinstance(document.text, str) else "")
-        if failure is None:
+                failed = _failed(document, text_hash, "empty_text", "the tokenizer keeps none of its characters")
+                yield beam.pvalue.TaggedOutput(failed.tag, windowed.with_value(failed.value))
+                continue
+            num_tokens = len(tokenized.token_ids) + SPECIAL_TOKENS_PER_WINDOW
             progress.add("texts_to_encode")
-            progress.add("tokens_to_encode", len(tokenized.token_ids) + SPECIAL_TOKENS_PER_WINDOW)
-            yield _pack(TokenizedDocument(document, text_hash, tokenized.token_ids, tokenized.truncated))
-        else:
-            document = document._replace(id=_clean(document.id), source=_clean(document.source))
-            yield beam.pvalue.TaggedOutput(self.FAILED, Failed(document, text_hash, *failure))
+            progress.add("tokens_to_encode", num_tokens)
+            document = document._replace(text=preview(document.text))
+            packed = _pack(TokenizedDocument(document, text_hash, tokenized.token_ids, tokenized.truncated))
+            if chunk is not None and not chunk.takes(windowed, num_tokens):
+                yield chunk.windowed()
+                chunk = None
+            chunk = chunk or _Chunk(windowed)
+            chunk.add(packed, num_tokens)
+        if chunk is not None:
+            yield chunk.windowed()
+
+
+class _Chunk:
+    """Packed TokenizedDocuments of one time and window that are shuffled together: a shuffle costs by its elements."""
+
+    def __init__(self, first: WindowedValue):
+        self._first = first
+        self._packed: list[tuple] = []
+        self._num_tokens = 0
+
+    def takes(self, windowed: WindowedValue, num_tokens: int) -> bool:
+        """Returns whether a document of so many tokens may be added that came as this."""
+        return (
+            len(self._packed) < _CHUNK_TEXTS
+            and self._num_tokens + num_tokens <= _CHUNK_TOKENS
+            and (self._first.timestamp, self._first.windows) == (windowed.timestamp, windowed.windows)
+        )
+
+    def add(self, packed: tuple, num_tokens: int) -> None:
+        self._packed.append(packed)
+        self._num_tokens += num_tokens
+
+    def windowed(self) -> WindowedValue:
+        """Returns the chunk as an element of its time and window."""
+        return self._first.with_value(self._packed)
+
+
+def _failed(document: Document, text_hash: str, reason: str, detail: str) -> beam.pvalue.TaggedOutput:
+    text = preview(document.text) if isinstance(document.text, str) else ""
+    document = document._replace(text=text, id=_clean(document.id), source=_clean(document.source))
+    return beam.pvalue.TaggedOutput(_Tokenize.FAILED, Failed(document, text_hash, reason, detail))
 
 
 def _pack(tokenized: TokenizedDocument) -> tuple:
@@ -192,9 +262,9 @@ def _pack(tokenized: TokenizedDocument) -> tuple:
     return tuple(document), text_hash, token_ids.tobytes(), truncated
 
 
-def _unpack(packed: tuple) -> TokenizedDocument:
-    document, text_hash, token_ids, truncated = packed
-    return TokenizedDocument(Document._make(document), text_hash, np.frombuffer(token_ids, np.int32), truncated)
+def _unpack(chunk: Sequence[tuple]) -> Iterator[TokenizedDocument]:
+    for document, text_hash, token_ids, truncated in chunk:
+        yield TokenizedDocument(Document._make(document), text_hash, np.frombuffer(token_ids, np.int32), truncated)
 
 
 def _unusable(document: Document) -> tuple[str, str] | None:
@@ -229,14 +299,14 @@ def _clean(value: Any) -> Any:
 
 
 class _Encode(beam.PTransform):
-    """Packed TokenizedDocuments to Encoded or Failed: all that belongs on the machines with accelerators."""
+    """Chunks of packed TokenizedDocuments to Encoded or Failed: all that belongs on the machines with accelerators."""
 
     def __init__(self, handler: EncoderModelHandler):
         super().__init__()
         self._handler = handler
 
     def expand(self, packed):
-        return packed | "Unpack" >> beam.Map(_unpack) | "RunInference" >> RunInference(self._handler)
+        return packed | "Unpack" >> beam.FlatMap(_unpack) | "RunInference" >> RunInference(self._handler)
 
 
 class _SeparateFailed(beam.DoFn):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -92,9 +93,7 @@ class WindowTokenizer:
 
     def sha256(self) -> str:
         """Returns the SHA-256 over all that decides which ids a text becomes: vocabulary, normalizer, pre-tokenizer."""
-        parts = json.loads(self._tokenizer.to_str())
-        decisive = {name: parts[name] for name in ("added_tokens", "model", "normalizer", "pre_tokenizer")}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return _sha256_of_decisive_parts(self._tokenizer.to_str())
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
         """Tokenizes texts, each cut at `max_tokens`.
@@ -140,6 +139,13 @@ class WindowTokenizer:
         window = np.empty(len(token_ids) + SPECIAL_TOKENS_PER_WINDOW, dtype=np.int64)
         window[0], window[1:-1], window[-1] = self.cls_id, token_ids, self.sep_id
         return window
+
+
+@lru_cache(maxsize=4)  # A run asks for the same one several times, and a vocabulary takes a while.
+def _sha256_of_decisive_parts(tokenizer_json: str) -> str:
+    parts = json.loads(tokenizer_json)
+    decisive = {name: parts[name] for name in ("added_tokens", "model", "normalizer", "pre_tokenizer")}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def padded_batches(
