@@ -148,9 +148,11 @@ except BlockingIOError:
 
 # --- Words ---
 
-# Runs every check, also after one that failed; the options go to pytest.
+# Runs every check, also after one that failed; the options go to pytest. All tests are run by two processes, the Flink
+# cluster's by one and the rest by the other: they wait for other programs half of the time.
 run_checks() {
   local failed=0
+  (($#)) || set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
   cd "$root"
   PATH=$venv/bin:$PATH
   check ruff check

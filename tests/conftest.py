@@ -3,7 +3,6 @@
 import math
 import os
 
-import flink_cluster
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -28,22 +27,14 @@ for _name in ("no_proxy", "NO_PROXY"):
 
 
 def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # They take as long as half of the others: one process begins with them, and the other does the rest.
+        items.sort(key=lambda item: "cluster" not in item.fixturenames)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
-
-
-def pytest_collection_finish(session):
-    needed = any("cluster" in item.fixturenames for item in session.items)
-    is_one_of_many = "PYTEST_XDIST_WORKER" in os.environ
-    if needed and not is_one_of_many and flink_cluster.why_not() is None and not session.config.option.collectonly:
-        flink_cluster.fetch_ahead()
-
-
-def pytest_unconfigure():
-    flink_cluster.stop_fetching()
 
 
 @pytest.fixture(autouse=True)

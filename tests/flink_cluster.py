@@ -44,36 +44,7 @@ def free_ports(count: int) -> list[int]:
 
 def job_server_jar() -> Path:
     """Returns the job server's jar, which is built where it is not there yet."""
-    _wait_for_fetch()
     return Path(subprocess.run([BUILD], stdout=subprocess.PIPE, text=True, check=True, timeout=900).stdout.strip())
-
-
-_fetching: subprocess.Popen | None = None
-"""What `fetch_ahead` began."""
-
-
-def fetch_ahead() -> None:
-    """Begins to fetch and build what a cluster is made of, which takes minutes the first time, beside other tests."""
-    global _fetching
-    _fetching = subprocess.Popen(
-        ["nice", "-n", "19", SCRIPT, "fetch"],
-        env=os.environ | {"PYTHON": sys.executable},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def stop_fetching() -> None:
-    """Ends what `fetch_ahead` began, where it still goes on."""
-    if _fetching is not None and _fetching.poll() is None:
-        os.killpg(_fetching.pid, signal.SIGTERM)
-        _fetching.wait()
-
-
-def _wait_for_fetch() -> None:
-    if _fetching is not None:
-        _fetching.wait(timeout=900)  # What it could not fetch is tried again, and told.
 
 
 def answers(port: int) -> bool:
@@ -114,7 +85,6 @@ class Cluster:
 
     def up(self) -> None:
         """Starts what does not run."""
-        _wait_for_fetch()
         done = self.script("up")
         assert done.returncode == 0, done.stderr
 

@@ -355,6 +355,12 @@ def test_test_runs_every_check(checkout):
     assert [line.strip() for line in lines] == [line.strip() for line in checks(checkout, "-k", "some thing")]
 
 
+def test_without_options_two_processes_run_the_tests(checkout):
+    lines = checkout.call("test").stdout.splitlines()
+    expected = f"check in {checkout.root}: pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder"
+    assert [line.strip() for line in lines if ": pytest" in line] == [expected]
+
+
 @pytest.mark.parametrize("failing", ["ruff", "mypy", "pytest"])
 def test_test_fails_with_any_check_but_runs_them_all(checkout, failing):
     checkout.call("local")
