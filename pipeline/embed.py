@@ -27,6 +27,7 @@ from pipeline.flink_setup import prepare
 from pipeline.graph import Job, build
 from pipeline.job_errors import quiet_beam, root_cause, was_interrupted
 from pipeline.options import EmbedOptions
+from pipeline.own_sources import packed_from_a_copy
 from pipeline.progress_line import ProgressLine
 from pipeline.runners import beam_name, is_in_process
 from pipeline.sample import KEPT_FIELDS, write_sample
@@ -87,14 +88,16 @@ def embed(options: EmbedOptions) -> int:
     if job is None:
         print(f"nothing changed since the last snapshot in {options.output}: there is nothing to publish")
         return PUBLISHED
-    if dataflow.is_dataflow(options.runner) and dataflow.is_launch(options.beam_options):
-        _run_pipeline(job)
-        print(f"described snapshot={job.run.name} of {job.run.output}; the launcher starts the job")
-        return PUBLISHED
     watchable = is_in_process(options.runner) and _worker_processes(job.beam_options) is None
     watchable = watchable or (flink.is_flink(options.runner) and flink.is_loopback(job.beam_options))
-    with ProgressLine(watchable):
-        manifest = run(job)
+    with packed_from_a_copy(job.beam_options) as beam_options:
+        job = replace(job, beam_options=beam_options)
+        if dataflow.is_dataflow(options.runner) and dataflow.is_launch(beam_options):
+            _run_pipeline(job)
+            print(f"described snapshot={job.run.name} of {job.run.output}; the launcher starts the job")
+            return PUBLISHED
+        with ProgressLine(watchable):
+            manifest = run(job)
     print(summary(job.run.folder, manifest))
     return NOT_PUBLISHED if "not_published" in manifest else PUBLISHED
 

@@ -58,8 +58,8 @@ _REMEDIES = {
     "java.net.ConnectException": "a TaskManager found no worker pool at --environment_config",
     "CANCELLED: client cancelled": "a worker process has died, killed or out of memory say",
     "SDK harness closed connection": "a worker process has died, killed or out of memory say",
-    "TaskExecutor is shutting down": "a TaskManager ended itself, out of memory say; its log, of an embedded Flink the "
-    "job server's, tells why",
+    "TaskExecutor is shutting down": "a TaskManager was stopped, or ended itself, out of memory say; its log, of an "
+    "embedded Flink the job server's, tells why",
 }
 """What to do about errors of Flink's that do not say it."""
 

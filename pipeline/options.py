@@ -166,7 +166,7 @@ def _without_dataflow(options: EmbedOptions) -> EmbedOptions:
 def _check_beam_options(parser: argparse.ArgumentParser, beam_options: Sequence[str]) -> None:
     """Ends with usage 2 at an option that Beam does not know, which Beam itself would only warn about."""
     beam_parser = _beam_parser()
-    _, unknown = beam_parser.parse_known_args(list(beam_options))
+    known_options, unknown = beam_parser.parse_known_args(list(beam_options))
     if unknown and not unknown[0].startswith("-"):
         parser.error(
             f"{unknown[0]!r} belongs to no option: only --input takes several values; others are given again for each, "
@@ -177,6 +177,10 @@ def _check_beam_options(parser: argparse.ArgumentParser, beam_options: Sequence[
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"unknown option {unknown[0]}{hint}")
+    if known_options.streaming:
+        parser.error(
+            "--streaming is for input that never ends, and a corpus ends: leave it out, and run again on change"
+        )
 
 
 def _beam_parser() -> argparse.ArgumentParser:

@@ -67,6 +67,8 @@ class Cluster:
     """A JobManager, two TaskManagers with two slots each, and a worker pool, at ports of their own."""
 
     def __init__(self, folder: Path):
+        # It may take minutes the first time, and ports are not kept free.
+        subprocess.run([SCRIPT, "fetch"], env=os.environ | {"PYTHON": sys.executable}, check=True, timeout=900)
         self.folder = folder
         self.rest_port, rpc_port, self.pool_port = free_ports(3)
         self._environment = os.environ | {

@@ -46,8 +46,8 @@ ALWAYS = {
     PLUGIN,
 }
 SUBMITTER = "--job_server_jvm_properties=-XX:TieredStopAtLevel=1"
-EMBEDDED = "--job_server_jvm_properties=--add-opens=java.base/java.lang=ALL-UNNAMED"
 """Where the job server only hands the job over."""
+EMBEDDED = "--job_server_jvm_properties=--add-opens=java.base/java.lang=ALL-UNNAMED"
 
 
 # Options.

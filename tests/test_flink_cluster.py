@@ -23,6 +23,7 @@ from pipeline.sample import write_sample
 from transforms.schema import content_hash
 from transforms.snapshots import Snapshot, check_shards, list_work, read_latest
 from transforms.storage import create_exclusively, list_files
+from transforms.write import shard_count
 
 pytest_plugins = ["gcs_emulator"]
 
@@ -34,6 +35,9 @@ pytestmark = [
 
 NUM_DOCUMENTS = 50_000
 NUM_TEXTS = 12_000
+MANY = 10_000
+"""Rows of a shard, so that there are several."""
+
 WORDS = "the a of to and in is it read write file zip archive text lines words red green blue fast slow".split()
 TEXTS = [
     " ".join(random.Random(number).choices(WORDS, k=number % 9 + 3)) + f" {number}" for number in range(NUM_TEXTS + 500)
@@ -108,7 +112,7 @@ def remote(cluster, tmp_path_factory, corpus, tiny_checkpoint) -> Snapshot:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         checkpoint = f"--checkpoint={os.path.relpath(tiny_checkpoint)}"
-        run("flink", cluster.staged, Path("out"), corpus, checkpoint, "--keep_fields=n")
+        run("flink", cluster.staged, Path("out"), corpus, checkpoint, "--keep_fields=n", f"--rows_per_shard={MANY}")
     return latest(folder / "out")
 
 
@@ -148,6 +152,9 @@ def test_a_cluster_gives_what_the_local_runner_gives(local, remote):
     assert (counts["read"], counts["embedded"], counts["rejected"]) == (NUM_DOCUMENTS, NUM_DOCUMENTS - 30, 30)
     assert counts["texts_encoded"] == len({document["text"] for document in DOCUMENTS})
     assert remote.manifest["runner"] == "FlinkRunner"
+    # Row by row as they come, all rows of a shard come to one writer.
+    assert len(local.shards) == 1
+    assert len(remote.shards) == shard_count(NUM_DOCUMENTS - 30, MANY)
     assert_nothing_but_snapshots(Path(remote.output))
 
 

@@ -1,11 +1,16 @@
 """The job's steps wired together: whatever happens to a record, it leaves exactly once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_runner_api_pb2
 from job_runs import documents_of, make_job, published_rows, run_job
 
 from pipeline import graph
@@ -151,3 +156,20 @@ def test_the_handler_is_of_the_jobs_encoder_and_saves_into_the_runs_own_folder(t
     assert handler.load_model().encoder.max_tokens == 7
     assert handler.expected_tokenizer == (load_tokenizer(tiny_checkpoint).sha256(), 7)
     assert vars(handler._on_encoded)["_folder"] == work_folder(str(tmp_path), job.run.name)
+
+
+@pytest.mark.parametrize(("runner", "step"), [("FlinkRunner", "WriteRows"), ("FnApiRunner", "WriteShard")])
+def test_only_on_flink_rows_come_to_their_writers_one_by_one(tmp_path, tiny_checkpoint, runner, step):
+    """For their shard's sake, by which an engine brings those together that go to a step with state."""
+    job = make_job(str(tmp_path), tiny_checkpoint, documents_of({"a": "read"}))
+    pipeline = beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
+    graph.build(pipeline, replace(job, run=replace(job.run, runner=runner)))
+    components = pipeline.to_runner_api().components
+    for write in ("WriteEmbeddings", "WriteRejected"):
+        names = {t.unique_name for t in components.transforms.values() if t.unique_name.startswith(f"{write}/")}
+        assert (f"{write}/WriteShards/GroupByShard" in names) == (step == "WriteShard")
+        [found] = [t for t in components.transforms.values() if t.unique_name == f"{write}/WriteShards/{step}"]
+        payload = beam_runner_api_pb2.ParDoPayload.FromString(found.spec.payload)
+        assert bool(payload.state_specs) == (step == "WriteRows")
+        rows = components.pcollections[next(iter(found.inputs.values()))]
+        assert components.coders[rows.coder_id].spec.urn == common_urns.coders.KV.urn

@@ -198,6 +198,23 @@ def test_tokenized_documents_travel_in_chunks_of_one_time_and_window(tiny_checkp
         ]
 
 
+def test_documents_with_large_fields_travel_alone_and_do_not_wait_for_many(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(inference, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(inference, "_TOKENIZED_BYTES", 4000)
+    step = inference._Tokenize(tiny_checkpoint, None, None)
+    step.setup()
+    step.start_bundle()
+    sizes = [10, 10, 3000, 10, 2000, 400, 400, 400]
+    outputs = []
+    for place, size in enumerate(sizes):
+        document = Document(str(place), "zip", "made", place, {"kept": b"x" * size})
+        outputs.append(list(step.process(document, Timestamp(1), IntervalWindow(0, 10))))
+    outputs.append(list(step.finish_bundle()))
+    assert [
+        [[one.document.position for one in inference._unpack(chunk.value)] for chunk in chunks] for chunks in outputs
+    ] == [[], [], [], [], [[0, 1], [2], [3], [4]], [], [], [], [[5, 6], [7]]]
+
+
 def test_a_bundle_that_failed_leaves_no_document_to_the_next(tiny_checkpoint):
     step = inference._Tokenize(tiny_checkpoint, None, None)
     step.setup()

@@ -103,6 +103,11 @@ FLINKS_TEXT = "Pipeline embed-corpus-1_8e5f failed in state FAILED: "
             "java.io.IOException: Insufficient number of network buffers: required 512, but only 450 available (raise "
             "taskmanager.memory.network.min and .max on the cluster, to 256m say, or give a lower --parallelism)",
         ),
+        (
+            "org.apache.flink.util.FlinkExpectedException: The TaskExecutor is shutting down.",
+            "org.apache.flink.util.FlinkExpectedException: The TaskExecutor is shutting down. (a TaskManager was "
+            "stopped, or ended itself, out of memory say; its log, of an embedded Flink the job server's, tells why)",
+        ),
         (f"java.lang.RuntimeException: Error received from SDK harness for instruction 5: {WORKERS_TEXT}", None),
     ],
 )

@@ -156,6 +156,10 @@ def test_a_wrong_value_of_beams_option_is_named_without_all_the_others(capsys):
     [
         (["--ouptut=x"], "unknown option --ouptut=x; did you mean --output?"),
         (["--ouptut", "x"], "unknown option --ouptut; did you mean --output?"),
+        (
+            ["--streaming"],
+            "--streaming is for input that never ends, and a corpus ends: leave it out, and run again on change",
+        ),
         (["--rows-per-shard=3"], "unknown option --rows-per-shard=3; did you mean --rows_per_shard?"),
         (["--flink_mster=h:1"], "unknown option --flink_mster=h:1; did you mean --flink_master?"),
         (["--max_rejected=0.5"], "unknown option --max_rejected=0.5; did you mean --max_rejected_fraction?"),

@@ -89,7 +89,7 @@ def test_ctrl_c_ends_the_work_and_nothing_goes_on(three_threads, ctrl_c_interrup
     with pytest.raises(KeyboardInterrupt):
         Streams(2).for_each(take, range(10_000))
     count = len(taken)
-    assert count < 100
+    assert count < 1000
     time.sleep(0.1)
     assert len(taken) == count
 

@@ -51,7 +51,7 @@ def start(tmp_path) -> Iterator[Callable[[str], str]]:
 def test_a_worker_that_says_much_does_its_work_all_the_same(start, tmp_path):
     harness = f"{SAY_A_MEGABYTE}; touch {tmp_path}/worked; sleep 60; true"  # Bash would become its last command.
     assert start(f'{SAY_A_MEGABYTE}; bash -c "{harness}" {HARNESS} & wait') == ""
-    wait_until("the worker works", (tmp_path / "worked").exists, 5)
+    wait_until("the worker works", (tmp_path / "worked").exists, 60)
     (log,) = (tmp_path / "workers").glob("*/log")
     assert log.stat().st_size == 2_000_000
     folder, *options = (tmp_path / "options").read_text().split()
@@ -67,9 +67,9 @@ def test_a_worker_that_ends_is_told_with_what_it_said_last(start):
 
 
 def test_a_worker_that_does_not_start_is_killed_with_all_it_has_started(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker_pool, "_START_SECONDS", 1.0)
+    monkeypatch.setattr(worker_pool, "_START_SECONDS", 5.0)
     error = start("echo installing; sleep 60 & wait")
-    assert error.startswith("a worker was killed, for it did not start within 1 seconds (")
+    assert error.startswith("a worker was killed, for it did not start within 5 seconds (")
     assert error.endswith("installing\n")
 
     def is_over() -> bool:
@@ -79,4 +79,4 @@ def test_a_worker_that_does_not_start_is_killed_with_all_it_has_started(start, t
             return True
         return False
 
-    wait_until("nothing of it runs", is_over, 5)
+    wait_until("nothing of it runs", is_over, 60)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,12 +35,13 @@ BATCH_TOKENS = 1 << 20
 """Tokens the handler sees at once: enough to sort the texts into batches with hardly any padding."""
 
 _TOKENIZED_TEXTS = 256
-_TOKENIZED_CHARS = 1 << 20
-"""Texts are tokenized once there are so many, or they have so many characters."""
+_TOKENIZED_BYTES = 1 << 20
+"""Documents are tokenized once there are so many, or they are so large."""
 
 _CHUNK_TEXTS = 64
 _CHUNK_TOKENS = 8192
-"""The most texts, and tokens of several, that travel together to the workers that encode."""
+_CHUNK_BYTES = 1 << 18
+"""The most documents that travel together to the workers that encode, and the most tokens and bytes of their fields."""
 
 _logger = logging.getLogger(__name__)
 
@@ -165,8 +167,8 @@ class _Tokenize(beam.DoFn):
         self._max_tokens = max_tokens
         self._expected = expected
         self._tokenizer: Any = None
-        self._waiting: list[WindowedValue] = []
-        self._waiting_chars = 0
+        self._waiting: list[tuple[WindowedValue, int]] = []
+        self._waiting_bytes = 0
 
     def setup(self):
         self._tokenizer = load_tokenizer(self._checkpoint, self._max_tokens)
@@ -182,16 +184,17 @@ class _Tokenize(beam.DoFn):
 
     def start_bundle(self):
         self._waiting.clear()
-        self._waiting_chars = 0
+        self._waiting_bytes = 0
 
     def process(self, document: Document, timestamp=beam.DoFn.TimestampParam, window=beam.DoFn.WindowParam):
         failure = _unusable(document)
         if failure is not None:
             yield _failed(document, "", *failure)
             return
-        self._waiting.append(WindowedValue(document, timestamp, (window,)))
-        self._waiting_chars += len(document.text)
-        if len(self._waiting) >= _TOKENIZED_TEXTS or self._waiting_chars >= _TOKENIZED_CHARS:
+        fields_bytes = len(pickle.dumps(document.fields, pickle.HIGHEST_PROTOCOL))
+        self._waiting.append((WindowedValue(document, timestamp, (window,)), fields_bytes))
+        self._waiting_bytes += len(document.text) + fields_bytes
+        if len(self._waiting) >= _TOKENIZED_TEXTS or self._waiting_bytes >= _TOKENIZED_BYTES:
             yield from self._tokenize_waiting()
 
     def finish_bundle(self):
@@ -201,10 +204,10 @@ class _Tokenize(beam.DoFn):
         """Yields what comes of the documents that wait: some hundreds take half the time that they take one by one."""
         waiting = self._waiting[:]
         self._waiting.clear()
-        self._waiting_chars = 0
-        all_tokenized = self._tokenizer.tokenize([windowed.value.text for windowed in waiting])
+        self._waiting_bytes = 0
+        all_tokenized = self._tokenizer.tokenize([windowed.value.text for windowed, _ in waiting])
         chunk: _Chunk | None = None
-        for windowed, tokenized in zip(waiting, all_tokenized, strict=True):
+        for (windowed, fields_bytes), tokenized in zip(waiting, all_tokenized, strict=True):
             document = windowed.value
             text_hash = content_hash(document.text)
             if not len(tokenized.token_ids):
@@ -216,11 +219,11 @@ class _Tokenize(beam.DoFn):
             progress.add("tokens_to_encode", num_tokens)
             document = document._replace(text=preview(document.text))
             packed = _pack(TokenizedDocument(document, text_hash, tokenized.token_ids, tokenized.truncated))
-            if chunk is not None and not chunk.takes(windowed, num_tokens):
+            if chunk is not None and not chunk.takes(windowed, num_tokens, fields_bytes):
                 yield chunk.windowed()
                 chunk = None
             chunk = chunk or _Chunk(windowed)
-            chunk.add(packed, num_tokens)
+            chunk.add(packed, num_tokens, fields_bytes)
         if chunk is not None:
             yield chunk.windowed()
 
@@ -232,18 +235,21 @@ class _Chunk:
         self._first = first
         self._packed: list[tuple] = []
         self._num_tokens = 0
+        self._fields_bytes = 0
 
-    def takes(self, windowed: WindowedValue, num_tokens: int) -> bool:
-        """Returns whether a document of so many tokens may be added that came as this."""
+    def takes(self, windowed: WindowedValue, num_tokens: int, fields_bytes: int) -> bool:
+        """Returns whether a document may be added that came as this, of so many tokens, its fields of so many bytes."""
         return (
             len(self._packed) < _CHUNK_TEXTS
             and self._num_tokens + num_tokens <= _CHUNK_TOKENS
+            and self._fields_bytes + fields_bytes <= _CHUNK_BYTES
             and (self._first.timestamp, self._first.windows) == (windowed.timestamp, windowed.windows)
         )
 
-    def add(self, packed: tuple, num_tokens: int) -> None:
+    def add(self, packed: tuple, num_tokens: int, fields_bytes: int) -> None:
         self._packed.append(packed)
         self._num_tokens += num_tokens
+        self._fields_bytes += fields_bytes
 
     def windowed(self) -> WindowedValue:
         """Returns the chunk as an element of its time and window."""

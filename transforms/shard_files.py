@@ -1,4 +1,4 @@
-"""ShardWriter: rows of one shard, one by one, to files that are counted and hashed as they are written; no Beam."""
+"""ShardWriter: rows of one shard, one by one, to files that are counted and hashed as they are written."""
 
 import hashlib
 import io

@@ -177,7 +177,8 @@ class WriteEmbeddings(beam.PTransform):
       rows_per_shard: the most rows of a file.
       compression: one of `COMPRESSIONS`.
       row_by_row: rows reach the writer of their shard one by one, not as one group. For an engine that holds a group
-        in memory, as Flink does. Another would keep many files open at a time, or write more and smaller ones.
+        in memory, as Flink does, and in the global window. Another would keep many files open at a time, or write more
+        and smaller ones.
 
     Raises:
       ValueError: an attribute is out of its range.
