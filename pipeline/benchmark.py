@@ -1,6 +1,7 @@
 """Measures how fast this machine embeds: bare encoder and whole job, against sentence-transformers at its defaults."""
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -16,12 +17,13 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import benchmark_incremental
-from pipeline.option_types import positive
+from pipeline.option_types import path_or_url, positive
 from pipeline.sample import write_sample
 from pipeline.text_table import text_table
 from transforms.checkpoint import CheckpointConfig, bert_folder, checkpoint_folder
 from transforms.encoder import BertLstmEncoder
 from transforms.hardware import DEVICES, DTYPES, describe, resolve_device, resolve_dtype
+from transforms.storage import open_for_reading
 from transforms.tokenization import SPECIAL_TOKENS_PER_WINDOW
 
 MAX_TOKENS = 256
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument(
         "--input",
+        type=path_or_url,
         action="append",
         metavar="FILE",
         help="a Parquet or JSON Lines file of texts; repeatable; default: the sample corpus",
@@ -114,13 +117,13 @@ def run(arguments: argparse.Namespace) -> int:
     measured = []
     with tempfile.TemporaryDirectory() as scratch:
         for path in arguments.input or [write_sample(scratch)]:
-            texts = read_texts(Path(path), arguments.text_field, arguments.limit)
+            texts = read_texts(str(path), arguments.text_field, arguments.limit)
             measured += _measure(Path(path).stem, texts, dtypes, device, arguments, Path(scratch))
     print(_table(measured))
     return 0
 
 
-def read_texts(path: Path, text_field: str, limit: int) -> list[str]:
+def read_texts(path: str, text_field: str, limit: int) -> list[str]:
     """Reads texts from a Parquet or JSON Lines file.
 
     Args:
@@ -131,12 +134,14 @@ def read_texts(path: Path, text_field: str, limit: int) -> list[str]:
     Raises:
       ValueError: the file is of another kind, or has no such field of text.
     """
-    if path.suffix == ".parquet":
-        if text_field not in pq.read_schema(path).names:
-            raise ValueError(f"{path} has no column {text_field!r}: name the one of the text with --text_field")
-        texts = pq.read_table(path, columns=[text_field]).column(text_field).to_pylist()
-    elif path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as lines:
+    suffix = Path(path).suffix
+    if suffix == ".parquet":
+        with open_for_reading(path) as file, pq.ParquetFile(file) as parquet:
+            if text_field not in parquet.schema_arrow.names:
+                raise ValueError(f"{path} has no column {text_field!r}: name the one of the text with --text_field")
+            texts = parquet.read([text_field]).column(text_field).to_pylist()
+    elif suffix == ".jsonl":
+        with io.TextIOWrapper(open_for_reading(path), encoding="utf-8") as lines:
             texts = [json.loads(line).get(text_field) for line in lines]
     else:
         raise ValueError(f"{path}: only .parquet and .jsonl are read here")

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from pipeline.option_types import UsageError, local_path
+from pipeline.option_types import UsageError, path_or_url
 from pipeline.training_data import StsPairs, halves, read_columns, read_sts, read_texts
 from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import BertLstmEncoder
 from transforms.hardware import resolve_device, resolve_dtype
+from transforms.storage import open_for_reading
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """From n texts to (n, width) float32 of unit length."""
@@ -29,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measures = parser.add_argument_group("measures (at least one)")
     measures.add_argument(
         "--sts",
-        type=local_path,
+        type=path_or_url,
         metavar="FILE",
         help="scored pairs (.parquet or .jsonl: split, score, sentence1, sentence2): Spearman x 100 of the cosines",
     )
     measures.add_argument("--split", default="dev", metavar="NAME", help="of the STS file (default: %(default)s)")
     measures.add_argument(
         "--retrieval",
-        type=local_path,
+        type=path_or_url,
         action="append",
         default=[],
         metavar="DIR",
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     measures.add_argument(
         "--documents",
-        type=local_path,
+        type=path_or_url,
         metavar="FILE",
         help="long texts (.txt, .jsonl or .parquet with `text`): how often (%%) the other half of a document is the "
         "nearest of all other halves",
@@ -122,7 +124,7 @@ def retrieval_ndcg(encode: Encode, folder: str) -> float:
     doc_ids, titles, texts = read_columns(f"{folder}/corpus.parquet", ("doc_id", "title", "text"))
     query_ids, queries = read_columns(f"{folder}/queries.parquet", ("query_id", "text"))
     relevances: dict[str, dict[str, float]] = {}
-    with open(f"{folder}/qrels.tsv", encoding="utf-8", newline="") as file:
+    with io.TextIOWrapper(open_for_reading(f"{folder}/qrels.tsv"), encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             relevances.setdefault(row["query_id"], {})[row["doc_id"]] = float(row["relevance"])
     documents = encode([f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)])

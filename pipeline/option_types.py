@@ -1,6 +1,7 @@
 """Types of option values for argparse: numbers within bounds, and places; and wrong usage that it cannot tell."""
 
 import argparse
+import re
 
 
 class UsageError(ValueError):
@@ -71,6 +72,19 @@ def output_folder(text: str) -> str:
         storage.check_url(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def path_or_url(text: str) -> str:
+    """Returns a file or folder of this machine or on gs://.
+
+    Raises:
+      argparse.ArgumentTypeError: it is on other storage, or names no object.
+    """
+    if not re.fullmatch(r"gs://[^/]+/.+" if text.startswith("gs:") else r"(?!.*://).+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither on this machine nor gs://BUCKET/NAME: name one of these, and copy it there"
+        )
     return text
 
 

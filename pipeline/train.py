@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.evaluate import sts_spearman
-from pipeline.option_types import UsageError, at_least_two, local_path, positive
+from pipeline.option_types import UsageError, at_least_two, local_path, path_or_url, positive
 from pipeline.token_embeddings import compute_token_embeddings
 from pipeline.training import Settings, Training, check_enough_texts
 from pipeline.training_data import read_sts, read_training_texts
@@ -13,6 +13,7 @@ from transforms.checkpoint import POOLINGS
 from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import DEFAULT_MAX_TOKENS, BertLstmEncoder
 from transforms.hardware import resolve_device, resolve_dtype
+from transforms.storage import is_remote
 
 STATE_FILE = "training-state.safetensors"
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_argument_group("texts to train on")
     texts.add_argument(
         "--sentences",
-        type=local_path,
+        type=path_or_url,
         action="append",
         default=[],
         metavar="FILE",
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     texts.add_argument(
         "--pairs",
-        type=local_path,
+        type=path_or_url,
         action="append",
         default=[],
         metavar="FILE",
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     texts.add_argument(
         "--documents",
-        type=local_path,
+        type=path_or_url,
         action="append",
         default=[],
         metavar="FILE",
@@ -97,21 +98,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--sts",
-        type=local_path,
+        type=path_or_url,
         metavar="FILE",
         help="scored pairs (.parquet or .jsonl: split, score, sentence1, sentence2): the epoch that is best on the "
         "split `dev` is kept; without it the last one",
     )
     results = parser.add_argument_group("results")
     results.add_argument(
-        "--output", type=local_path, required=True, metavar="DIR", help="local folder of the checkpoint"
+        "--output", type=path_or_url, required=True, metavar="DIR", help="local or gs:// folder of the checkpoint"
     )
     results.add_argument(
         "--work_folder",
         type=local_path,
         metavar="DIR",
         help="where token embeddings and the state of the training are kept meanwhile, 768 bytes a token for a BERT "
-        "384 wide (default: DIR/training)",
+        "384 wide; local (default: DIR/training where DIR is local)",
     )
     results.add_argument("--resume", action="store_true", help="go on with the training that the work folder holds")
     results.add_argument(
@@ -124,13 +125,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains a head and writes its checkpoint; returns the exit status.
 
     Raises:
-      UsageError: no texts were named.
+      UsageError: no texts were named, or no work folder of this machine.
       ValueError: the texts do not fill one batch of any kind.
     """
     if not (arguments.sentences or arguments.pairs or arguments.documents):
         raise UsageError("no texts to train on: name files with --sentences, --pairs or --documents")
-    output = Path(arguments.output)
-    work_folder = Path(arguments.work_folder) if arguments.work_folder else output / "training"
+    if is_remote(arguments.output) and not arguments.work_folder:
+        raise UsageError(
+            f"--output {arguments.output} is on gs://, and what a training keeps meanwhile must be on this machine: "
+            "name a folder for it with --work_folder"
+        )
+    work_folder = Path(arguments.work_folder or f"{arguments.output}/training")
     texts = read_training_texts(
         arguments.sentences,
         arguments.pairs,
@@ -163,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
     if state_file.exists():
         training.load_state()
     training.run(arguments.save_every_steps)
-    encoder.save_pretrained(output)
+    encoder.save_pretrained(arguments.output)
     state_file.unlink()
     if not arguments.keep_work:
         shutil.rmtree(embeddings.folder)
@@ -171,5 +176,5 @@ def run(arguments: argparse.Namespace) -> int:
             work_folder.rmdir()
     for epoch, score in enumerate(training.scores):
         print(f"STS dev after epoch {epoch}: {score:.2f}")
-    print(f"checkpoint: {output}")
+    print(f"checkpoint: {arguments.output}")
     return 0

@@ -1,5 +1,6 @@
 """Reads what a head is trained and judged on: sentences, positive pairs, long documents and STS pairs."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from transforms.storage import open_for_reading
 
 PAIR_COLUMNS = (("anchor", "positive"), ("title", "text"))
 """Names that the two columns of a file of pairs may have."""
@@ -99,7 +102,8 @@ def read_training_texts(
 def read_texts(file: str) -> list[str]:
     """Reads the texts of a file: lines of a text file, or the field `text` of JSON Lines or Parquet; no empty ones."""
     if Path(file).suffix == ".txt":
-        texts = Path(file).read_text(encoding="utf-8").split("\n")
+        with io.TextIOWrapper(open_for_reading(file), encoding="utf-8") as lines:
+            texts = lines.read().split("\n")
     else:
         texts = read_columns(file, ("text",))[0]
     return [text for text in texts if text and text.strip()]
@@ -163,11 +167,10 @@ def _sample(items: list, most: int | None, seed: int) -> list:
 
 def _table(file: str) -> pa.Table:
     suffix = Path(file).suffix
-    if suffix in (".parquet", ".jsonl") and not Path(file).exists():
-        raise FileNotFoundError(f"there is no file {file}")
     if suffix == ".parquet":
-        return pq.read_table(file)
+        with open_for_reading(file) as parquet:
+            return pq.read_table(parquet)
     if suffix == ".jsonl":
-        with open(file, encoding="utf-8") as lines:
+        with io.TextIOWrapper(open_for_reading(file), encoding="utf-8") as lines:
             return pa.Table.from_pylist([json.loads(line) for line in lines if line.strip()])
     raise ValueError(f"{file}: its name must end in .parquet or .jsonl (or .txt for sentences and documents)")

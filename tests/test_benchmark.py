@@ -28,17 +28,17 @@ def test_texts_are_spread_over_the_file_and_only_texts(tmp_path):
     values = [None, "", " ", 7, *(f"text {number}" for number in range(100))]
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"body": value}) + "\n" for value in values))
-    assert read_texts(path, "body", 4) == ["text 0", "text 25", "text 50", "text 75"]
+    assert read_texts(str(path), "body", 4) == ["text 0", "text 25", "text 50", "text 75"]
     with pytest.raises(ValueError, match=r"corpus.jsonl has no text in 'text': .* --text_field"):
-        read_texts(path, "text", 4)
+        read_texts(str(path), "text", 4)
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path):
     path = tmp_path / "corpus.parquet"
     pq.write_table(pa.table({"body": ["a", "b"]}), path)
-    assert read_texts(path, "body", 9) == ["a", "b"]
+    assert read_texts(str(path), "body", 9) == ["a", "b"]
     with pytest.raises(ValueError, match=r"corpus.parquet has no column 'text': .* --text_field"):
-        read_texts(path, "text", 4)
+        read_texts(str(path), "text", 4)
 
 
 @pytest.mark.parametrize("option", ["--limit=0", "--rounds=0", "--threads=-1", "--documents=10", "--documents=many"])

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from transforms import storage
+from transforms import gcs, storage
+
+pytest_plugins = ["gcs_emulator"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_and_no_endless_loop(tmp_path):
@@ -172,3 +174,42 @@ def test_a_lock_is_free_again_though_a_process_was_forked_under_it(tmp_path, mon
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("place", ["gs", "local"])
+def test_a_folder_is_filled_wherever_it_is(request, tmp_path, place):
+    url = f"{request.getfixturevalue('gcs_bucket')}/folder" if place == "gs" else f"{tmp_path}/folder"
+    with storage.folder_to_fill(url, last="last") as folder:
+        (folder / "sub").mkdir(parents=True)
+        (folder / "last").write_bytes(b"the last")
+        (folder / "sub" / "one").write_bytes(b"one")
+    assert storage.list_files(url) == {"last": 8, "sub/one": 3}
+    assert storage.open_for_reading(f"{url}/sub/one").read() == b"one"
+
+
+def test_on_gs_the_last_file_comes_last_and_none_after_an_error(gcs_bucket, monkeypatch):
+    upload, uploaded = gcs.upload, []
+
+    def full(path, url):
+        uploaded.append(url)
+        if path.name == "c":
+            raise OSError("no quota")
+        upload(path, url)
+
+    def fill(names: str, fails: bool = False) -> None:
+        with storage.folder_to_fill(f"{gcs_bucket}/x", last="b") as folder:
+            for name in names:
+                (folder / name).write_bytes(b"1")
+            if fails:
+                raise ValueError("not whole")
+
+    monkeypatch.setattr(gcs, "upload", full)
+    with pytest.raises(ValueError, match="not whole"):
+        fill("ab", fails=True)
+    assert storage.list_files(f"{gcs_bucket}/x") == {}
+    with pytest.raises(OSError, match="no quota"):
+        fill("abc")
+    assert storage.list_files(f"{gcs_bucket}/x") == {"a": 1}
+    uploaded.clear()
+    fill("abd")
+    assert uploaded == [f"{gcs_bucket}/x/{name}" for name in "adb"]

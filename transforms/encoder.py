@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertModel
 
+from transforms import storage
 from transforms.bert_origin import BertOrigin
-from transforms.checkpoint import BERT_SUBFOLDER, LSTM_FILE, POOLINGS, CheckpointConfig, checkpoint_folder
+from transforms.checkpoint import BERT_SUBFOLDER, CONFIG_FILE, LSTM_FILE, POOLINGS, CheckpointConfig, checkpoint_folder
 from transforms.fingerprint import fingerprint
 from transforms.packing import PackedSlots, packed_slots
 from transforms.schema import EMBEDDING_DIM
@@ -403,7 +404,7 @@ class BertLstmEncoder(nn.Module):
         """Writes a checkpoint that `from_pretrained` reads.
 
         Args:
-          folder: made where missing.
+          folder: local or gs://, made where missing.
           include_bert: whether the BERT is saved too; where None, only if it has no name, or that of a folder on this
             machine, or if its weights changed since they were loaded.
 
@@ -411,7 +412,6 @@ class BertLstmEncoder(nn.Module):
           ValueError: the BERT is to be saved, but only its rounded weights are left; or it is not to be saved, but
             there is no other place to load it from.
         """
-        folder = Path(folder)
         bert_sha256 = self._origin.sha256_of_values(self.bert)
         if include_bert is False and self.bert_name is None:
             raise ValueError(
@@ -420,15 +420,17 @@ class BertLstmEncoder(nn.Module):
             )
         if include_bert is None:
             include_bert = self.bert_name in (None, BERT_SUBFOLDER) or Path(str(self.bert_name)).is_dir()
-        if include_bert:
-            self._origin.save(self.bert, self.tokenizer.to_json(), folder / BERT_SUBFOLDER)
-        folder.mkdir(parents=True, exist_ok=True)  # Not before: where the BERT cannot be saved, nothing is written.
-        (folder / LSTM_FILE).write_bytes(serialized(self.lstm))
-        CheckpointConfig(
-            bert=BERT_SUBFOLDER if include_bert else str(self.bert_name),
-            bert_sha256=bert_sha256,
-            lstm_sha256=self.lstm_sha256,
-            pooling=self.pooling,
-            window_tokens=self.tokenizer.window_tokens,
-            max_tokens=self.max_tokens,
-        ).write(folder)
+        with storage.folder_to_fill(str(folder), last=CONFIG_FILE) as to_fill:
+            if include_bert:
+                self._origin.save(self.bert, self.tokenizer.to_json(), to_fill / BERT_SUBFOLDER)
+            # Not before: where the BERT cannot be saved, nothing is written.
+            to_fill.mkdir(parents=True, exist_ok=True)
+            (to_fill / LSTM_FILE).write_bytes(serialized(self.lstm))
+            CheckpointConfig(
+                bert=BERT_SUBFOLDER if include_bert else str(self.bert_name),
+                bert_sha256=bert_sha256,
+                lstm_sha256=self.lstm_sha256,
+                pooling=self.pooling,
+                window_tokens=self.tokenizer.window_tokens,
+                max_tokens=self.max_tokens,
+            ).write(to_fill)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import BinaryIO, cast
 
 from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, PreconditionFailed, Unauthorized
@@ -182,6 +183,17 @@ def open_for_reading(url: str) -> BinaryIO:
     with errors_named(url):
         blob.reload()
     return cast(BinaryIO, _ObjectReader(blob, url))
+
+
+def upload(path: Path, url: str) -> None:
+    """Writes a file of this machine to an object, which is replaced if it is there.
+
+    Raises:
+      FileNotFoundError: there is no such bucket; the message tells how to create it.
+      PermissionError: the credentials do not allow it.
+    """
+    with errors_named(url, needs_only_bucket=True):
+        _blob(url).upload_from_filename(str(path), "application/octet-stream")
 
 
 def list_files(url: str) -> dict[str, int]:

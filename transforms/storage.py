@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -117,6 +118,24 @@ def open_for_reading(url: str) -> BinaryIO:
       FileNotFoundError: there is no such file.
     """
     return gcs.open_for_reading(url) if is_remote(url) else open(url, "rb")
+
+
+@contextmanager
+def folder_to_fill(url: str, last: str) -> Iterator[Path]:
+    """Gives a folder of this machine, whose files are in `url` once the block has ended without an error.
+
+    Args:
+      url: the folder they are to be in.
+      last: name of the file that comes last where the folder is on gs://: who finds it there finds all others.
+    """
+    if not is_remote(url):
+        yield Path(url)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+        names = list_files(scratch).keys() - {last}
+        for name in [*sorted(names), last]:
+            gcs.upload(Path(scratch, name), join(url, name))
 
 
 def checksum(url: str) -> str:
