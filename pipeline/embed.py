@@ -84,20 +84,23 @@ def embed(options: EmbedOptions) -> int:
     if options.dry_run:
         print(describe_job(options))
         return PUBLISHED
+    with packed_from_a_copy(options.beam_options) as beam_options:
+        return _plan_and_run(replace(options, beam_options=beam_options))
+
+
+def _plan_and_run(options: EmbedOptions) -> int:
     job = plan(options)
     if job is None:
         print(f"nothing changed since the last snapshot in {options.output}: there is nothing to publish")
         return PUBLISHED
+    if dataflow.is_dataflow(options.runner) and dataflow.is_launch(options.beam_options):
+        _run_pipeline(job)
+        print(f"described snapshot={job.run.name} of {job.run.output}; the launcher starts the job")
+        return PUBLISHED
     watchable = is_in_process(options.runner) and _worker_processes(job.beam_options) is None
     watchable = watchable or (flink.is_flink(options.runner) and flink.is_loopback(job.beam_options))
-    with packed_from_a_copy(job.beam_options) as beam_options:
-        job = replace(job, beam_options=beam_options)
-        if dataflow.is_dataflow(options.runner) and dataflow.is_launch(beam_options):
-            _run_pipeline(job)
-            print(f"described snapshot={job.run.name} of {job.run.output}; the launcher starts the job")
-            return PUBLISHED
-        with ProgressLine(watchable):
-            manifest = run(job)
+    with ProgressLine(watchable):
+        manifest = run(job)
     print(summary(job.run.folder, manifest))
     return NOT_PUBLISHED if "not_published" in manifest else PUBLISHED
 

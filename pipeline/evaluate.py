@@ -15,7 +15,7 @@ from pipeline.training_data import StsPairs, halves, read_columns, read_sts, rea
 from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import BertLstmEncoder
 from transforms.hardware import resolve_device, resolve_dtype
-from transforms.storage import open_for_reading
+from transforms.storage import join, open_for_reading
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """From n texts to (n, width) float32 of unit length."""
@@ -121,10 +121,10 @@ def retrieval_ndcg(encode: Encode, folder: str) -> float:
     Raises:
       ValueError: a file lacks a column.
     """
-    doc_ids, titles, texts = read_columns(f"{folder}/corpus.parquet", ("doc_id", "title", "text"))
-    query_ids, queries = read_columns(f"{folder}/queries.parquet", ("query_id", "text"))
+    doc_ids, titles, texts = read_columns(join(folder, "corpus.parquet"), ("doc_id", "title", "text"))
+    query_ids, queries = read_columns(join(folder, "queries.parquet"), ("query_id", "text"))
     relevances: dict[str, dict[str, float]] = {}
-    with io.TextIOWrapper(open_for_reading(f"{folder}/qrels.tsv"), encoding="utf-8", newline="") as file:
+    with io.TextIOWrapper(open_for_reading(join(folder, "qrels.tsv")), encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             relevances.setdefault(row["query_id"], {})[row["doc_id"]] = float(row["relevance"])
     documents = encode([f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)])

@@ -26,7 +26,7 @@ def packed_from_a_copy(beam_options: Sequence[str]) -> Iterator[tuple[str, ...]]
         for path in (Path(own).parent / name for name in _PACKED):
             if path.is_dir():
                 shutil.copytree(path, Path(folder) / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
+            elif path.exists():  # An image has no more than it needs.
                 shutil.copy(path, folder)
         copied = f"--setup_file={Path(folder) / Path(own).name}"
         yield tuple(copied if option == f"--setup_file={own}" else option for option in beam_options)

@@ -13,7 +13,7 @@ from transforms.checkpoint import POOLINGS
 from transforms.devices import DEVICES, DTYPES
 from transforms.encoder import DEFAULT_MAX_TOKENS, BertLstmEncoder
 from transforms.hardware import resolve_device, resolve_dtype
-from transforms.storage import is_remote
+from transforms.storage import check_writable, is_remote
 
 STATE_FILE = "training-state.safetensors"
 
@@ -127,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       UsageError: no texts were named, or no work folder of this machine.
       ValueError: the texts do not fill one batch of any kind.
+      OSError: a file cannot be read, or the output not be written to.
     """
     if not (arguments.sentences or arguments.pairs or arguments.documents):
         raise UsageError("no texts to train on: name files with --sentences, --pairs or --documents")
@@ -135,6 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"--output {arguments.output} is on gs://, and what a training keeps meanwhile must be on this machine: "
             "name a folder for it with --work_folder"
         )
+    check_writable(arguments.output)  # Now: training takes long.
     work_folder = Path(arguments.work_folder or f"{arguments.output}/training")
     texts = read_training_texts(
         arguments.sentences,

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +102,7 @@ def read_training_texts(
 def read_texts(file: str) -> list[str]:
     """Reads the texts of a file: lines of a text file, or the field `text` of JSON Lines or Parquet; no empty ones."""
     if Path(file).suffix == ".txt":
-        with io.TextIOWrapper(open_for_reading(file), encoding="utf-8") as lines:
+        with io.TextIOWrapper(_opened(file), encoding="utf-8") as lines:
             texts = lines.read().split("\n")
     else:
         texts = read_columns(file, ("text",))[0]
@@ -111,12 +111,12 @@ def read_texts(file: str) -> list[str]:
 
 def read_pairs(file: str) -> list[tuple[str, str]]:
     """Reads the pairs of a JSON Lines or Parquet file whose columns `PAIR_COLUMNS` name."""
-    names = _table(file).column_names
+    table = _table(file)
     for columns in PAIR_COLUMNS:
-        if set(columns) <= set(names):
-            first, second = read_columns(file, columns)
+        if set(columns) <= set(table.column_names):
+            first, second = (table.column(name).to_pylist() for name in columns)
             return [(a, b) for a, b in zip(first, second, strict=True) if a and a.strip() and b and b.strip()]
-    raise ValueError(f"{file} holds the columns {names}; pairs need {' or '.join(map(str, PAIR_COLUMNS))}")
+    raise ValueError(f"{file} holds the columns {table.column_names}; pairs need {' or '.join(map(str, PAIR_COLUMNS))}")
 
 
 def read_sts(file: str, split: str) -> StsPairs:
@@ -165,12 +165,19 @@ def _sample(items: list, most: int | None, seed: int) -> list:
     return [items[place] for place in np.random.default_rng(seed).permutation(len(items))[:most]]
 
 
+def _opened(file: str) -> BinaryIO:
+    try:
+        return open_for_reading(file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {file}") from error
+
+
 def _table(file: str) -> pa.Table:
     suffix = Path(file).suffix
     if suffix == ".parquet":
-        with open_for_reading(file) as parquet:
+        with _opened(file) as parquet:
             return pq.read_table(parquet)
     if suffix == ".jsonl":
-        with io.TextIOWrapper(open_for_reading(file), encoding="utf-8") as lines:
+        with io.TextIOWrapper(_opened(file), encoding="utf-8") as lines:
             return pa.Table.from_pylist([json.loads(line) for line in lines if line.strip()])
     raise ValueError(f"{file}: its name must end in .parquet or .jsonl (or .txt for sentences and documents)")

@@ -13,6 +13,7 @@ import pytest
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow import dataflow_runner
+from apache_beam.runners.portability.stager import Stager
 from apache_beam.utils import proto_utils
 from embed_runs import contents_of, counts_of, latest, rows_of
 from fake_dataflow import JOB_ID, FakeDataflow, run_staged, running_dataflow
@@ -134,11 +135,19 @@ def test_all_machines_have_the_gpu_where_that_is_asked_for(bucket, tmp_path):
     assert pool["autoscalingSettings"]["maxNumWorkers"] == 7
 
 
-def test_without_an_image_the_package_is_staged(bucket, tmp_path):
-    root = Path(__file__).parent.parent
-    before = {path for path in root.iterdir() if not path.name.endswith(".egg-info")}
+def test_without_an_image_the_package_is_staged(bucket, tmp_path, monkeypatch):
+    build, packed = Stager._build_setup_package, []
+
+    def build_and_tell(setup_file, *arguments):
+        packed.append(Path(setup_file))
+        return build(setup_file, *arguments)
+
+    monkeypatch.setattr(Stager, "_build_setup_package", staticmethod(build_and_tell))
     job, _ = captured(bucket, tmp_path, "--machine_type=n2-standard-4")
-    assert {path for path in root.iterdir() if not path.name.endswith(".egg-info")} == before
+    # Packing leaves files beside setup.py: that of a copy, which is gone then.
+    [path] = packed
+    assert Path(__file__).parent.parent not in path.parents
+    assert not path.parent.exists()
     pool = pool_of(job)
     packages = {package["name"]: package["location"] for package in pool["packages"]}
     assert "workflow.tar.gz" in packages

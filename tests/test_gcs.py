@@ -240,7 +240,7 @@ def test_a_file_is_read_in_ranges(folder):
 
 @pytest.mark.parametrize("url", ["", "s3://bucket/output", "file:///tmp/output", "hdfs://host/output"])
 def test_other_file_systems_are_refused(url):
-    with pytest.raises(ValueError, match="gs://bucket/folder: snapshots are kept on these two only"):
+    with pytest.raises(ValueError, match="gs://bucket/folder: name one of these two"):
         storage.check_url(url)
 
 

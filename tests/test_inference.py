@@ -70,6 +70,13 @@ def test_inference_arguments_are_refused(loaded):
         EncoderModelHandler().run_inference([], loaded, {"temperature": 1})
 
 
+def test_large_fields_make_a_batch_smaller(loaded):
+    [document] = tokenized_documents(loaded.encoder, ["zip file"])
+    size = EncoderModelHandler().batch_elements_kwargs()["element_size_fn"]
+    assert size(document) == 4
+    assert size(document._replace(fields_bytes=256_000)) == 1004
+
+
 # In a pipeline.
 
 
@@ -210,6 +217,14 @@ def test_documents_with_large_fields_travel_alone_and_do_not_wait_for_many(tiny_
         document = Document(str(place), "zip", "made", place, {"kept": b"x" * size})
         outputs.append(list(step.process(document, Timestamp(1), IntervalWindow(0, 10))))
     outputs.append(list(step.finish_bundle()))
+    [whole] = [
+        one
+        for chunks in outputs
+        for chunk in chunks
+        for one in inference._unpack(chunk.value)
+        if one.document.position == 2
+    ]
+    assert 3000 < whole.fields_bytes < 3100
     assert [
         [[one.document.position for one in inference._unpack(chunk.value)] for chunk in chunks] for chunks in outputs
     ] == [[], [], [], [], [[0, 1], [2], [3], [4]], [], [], [], [[5, 6], [7]]]

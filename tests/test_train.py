@@ -400,6 +400,16 @@ def test_what_a_training_keeps_meanwhile_is_on_this_machine(capsys):
     assert "name a folder for it with --work_folder" in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_read(gcs_bucket, tmp_path, capsys):
+    options = ["--sentences=gs://bucket/missing.txt", f"--work_folder={tmp_path}/work"]
+    assert main(["train", "--output=gs://no-such-bucket/head", *options]) == 1
+    assert capsys.readouterr().err.startswith("error: gs://no-such-bucket/head/")
+    (tmp_path / "file").write_text("a file")
+    assert main(["train", f"--output={tmp_path}/file/head", *options]) == 1
+    assert "file/head" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def upload(bucket: str, name: str, data: bytes) -> str:
     create_exclusively(f"{bucket}/{name}", data)
     return f"{bucket}/{name}"

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertModel
 
-from transforms import storage
 from transforms.bert_origin import BertOrigin
 from transforms.checkpoint import BERT_SUBFOLDER, CONFIG_FILE, LSTM_FILE, POOLINGS, CheckpointConfig, checkpoint_folder
 from transforms.fingerprint import fingerprint
@@ -420,7 +419,9 @@ class BertLstmEncoder(nn.Module):
             )
         if include_bert is None:
             include_bert = self.bert_name in (None, BERT_SUBFOLDER) or Path(str(self.bert_name)).is_dir()
-        with storage.folder_to_fill(str(folder), last=CONFIG_FILE) as to_fill:
+        from transforms.storage import folder_to_fill  # Only now: Google's libraries take a while to import.
+
+        with folder_to_fill(str(folder), last=CONFIG_FILE) as to_fill:
             if include_bert:
                 self._origin.save(self.bert, self.tokenizer.to_json(), to_fill / BERT_SUBFOLDER)
             # Not before: where the BERT cannot be saved, nothing is written.

@@ -34,14 +34,17 @@ from transforms.window_embedder import MAX_BATCH_TOKENS
 BATCH_TOKENS = 1 << 20
 """Tokens the handler sees at once: enough to sort the texts into batches with hardly any padding."""
 
+_FIELDS_BYTES_PER_TOKEN = 256
+"""Of a document's fields, this much counts as a token, so that a batch holds at most 256 MiB of fields."""
+
 _TOKENIZED_TEXTS = 256
 _TOKENIZED_BYTES = 1 << 20
-"""Documents are tokenized once there are so many, or they are so large."""
+"""Documents are tokenized once there are so many, or their texts and fields are about so large."""
 
 _CHUNK_TEXTS = 64
 _CHUNK_TOKENS = 8192
 _CHUNK_BYTES = 1 << 18
-"""The most documents that travel together to the workers that encode, and the most tokens and bytes of their fields."""
+"""The most that travels together to the workers that encode: documents, and of several the tokens and the fields."""
 
 _logger = logging.getLogger(__name__)
 
@@ -153,8 +156,13 @@ class EncoderModelHandler(ModelHandler[TokenizedDocument, Encoded | Failed, Load
         return {
             "min_batch_size": self._batch_tokens,
             "max_batch_size": self._batch_tokens,
-            "element_size_fn": size_tokens,
+            "element_size_fn": _batch_share,
         }
+
+
+def _batch_share(tokenized: TokenizedDocument) -> int:
+    """Returns what a document takes up of `batch_tokens`: its tokens, or more where its fields are large."""
+    return size_tokens(tokenized) + tokenized.fields_bytes // _FIELDS_BYTES_PER_TOKEN
 
 
 class _Tokenize(beam.DoFn):
@@ -218,7 +226,9 @@ class _Tokenize(beam.DoFn):
             progress.add("texts_to_encode")
             progress.add("tokens_to_encode", num_tokens)
             document = document._replace(text=preview(document.text))
-            packed = _pack(TokenizedDocument(document, text_hash, tokenized.token_ids, tokenized.truncated))
+            packed = _pack(
+                TokenizedDocument(document, text_hash, tokenized.token_ids, tokenized.truncated, fields_bytes)
+            )
             if chunk is not None and not chunk.takes(windowed, num_tokens, fields_bytes):
                 yield chunk.windowed()
                 chunk = None
@@ -264,13 +274,13 @@ def _failed(document: Document, text_hash: str, reason: str, detail: str) -> bea
 
 def _pack(tokenized: TokenizedDocument) -> tuple:
     """Returns plain values, which Beam encodes natively and far faster than it pickles other classes."""
-    document, text_hash, token_ids, truncated = tokenized
-    return tuple(document), text_hash, token_ids.tobytes(), truncated
+    document, text_hash, token_ids, *others = tokenized
+    return tuple(document), text_hash, token_ids.tobytes(), *others
 
 
 def _unpack(chunk: Sequence[tuple]) -> Iterator[TokenizedDocument]:
-    for document, text_hash, token_ids, truncated in chunk:
-        yield TokenizedDocument(Document._make(document), text_hash, np.frombuffer(token_ids, np.int32), truncated)
+    for document, text_hash, token_ids, *others in chunk:
+        yield TokenizedDocument(Document._make(document), text_hash, np.frombuffer(token_ids, np.int32), *others)
 
 
 def _unusable(document: Document) -> tuple[str, str] | None:

@@ -49,12 +49,14 @@ class TokenizedDocument(NamedTuple):
       content_hash: of the whole text.
       token_ids: (num_tokens,) int32, without special tokens.
       truncated: true where the text had more than `max_tokens`.
+      fields_bytes: about how many bytes the document's fields are.
     """
 
     document: Document
     content_hash: str
     token_ids: np.ndarray
     truncated: bool
+    fields_bytes: int = 0
 
 
 def size_tokens(tokenized: TokenizedDocument) -> int:
@@ -239,7 +241,7 @@ class LoadedEncoder:
         usable = np.isfinite(norms) & (np.abs(norms - 1) < _UNIT_TOLERANCE)
         seconds_per_token = seconds / int(encoded.window_tokens.sum())
         for row, place in enumerate(group):
-            document, text_hash, token_ids, truncated = documents[place]
+            document, text_hash, token_ids, truncated, _ = documents[place]
             if not usable[row]:
                 detail = f"the vector's length is {norms[row]}, computed on {self.device}"
                 yield Failed(document, text_hash, "non_finite", detail)

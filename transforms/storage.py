@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,9 +50,7 @@ def check_url(url: str) -> None:
     """Raises ValueError unless a path is of this machine or of gs://."""
     scheme, separator, _ = url.partition("://")
     if not url or (separator and scheme != "gs") or (not separator and url.startswith("gs:")):
-        raise ValueError(
-            f"{url!r} is neither a folder of this machine nor gs://bucket/folder: snapshots are kept on these two only"
-        )
+        raise ValueError(f"{url!r} is neither a folder of this machine nor gs://bucket/folder: name one of these two")
 
 
 def is_remote(url: str) -> bool:
@@ -120,14 +119,29 @@ def open_for_reading(url: str) -> BinaryIO:
     return gcs.open_for_reading(url) if is_remote(url) else open(url, "rb")
 
 
+def check_writable(folder: str) -> None:
+    """Makes a folder where it is missing, and writes a file there and deletes it.
+
+    Raises:
+      OSError: that cannot be done.
+    """
+    probe = join(folder, f".probe-{uuid.uuid4().hex}")
+    create_exclusively(probe, probe.encode())
+    delete_files([probe])
+
+
 @contextmanager
 def folder_to_fill(url: str, last: str) -> Iterator[Path]:
     """Gives a folder of this machine, whose files are in `url` once the block has ended without an error.
 
     Args:
       url: the folder they are to be in.
-      last: name of the file that comes last where the folder is on gs://: who finds it there finds all others.
+      last: name of the file that comes last where the folder is on gs://: who finds it in a new one finds all others.
+
+    Raises:
+      ValueError: the folder is on other storage.
     """
+    check_url(url)
     if not is_remote(url):
         yield Path(url)
         return
