@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from google.api_core.exceptions import Forbidden
-from google.cloud.storage import Blob, Client
+from google.cloud.storage import Blob, Client, transfer_manager
 
 from transforms import storage
 from transforms.checkpoint import CheckpointConfig, bert_folder, check_sha256, checkpoint_folder, sha256_of
@@ -111,6 +112,14 @@ def uploaded(gcs_bucket, tiny_checkpoint, tmp_path, monkeypatch) -> str:
 
 def files_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_large_files_come_down_in_several_chunks(uploaded, tiny_checkpoint, monkeypatch):
+    small = functools.partial(transfer_manager.download_chunks_concurrently, chunk_size=10_000)
+    monkeypatch.setattr(transfer_manager, "download_chunks_concurrently", small)
+    files = files_in(checkpoint_folder(uploaded))
+    assert files == files_in(Path(tiny_checkpoint))
+    assert max(map(len, files.values())) > 100_000
 
 
 def test_of_processes_that_want_a_checkpoint_at_once_one_downloads_it(uploaded, tiny_checkpoint, tmp_path):

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from embed_runs import PUBLISHED, contents_of, latest
-from flink_cluster import Cluster, job_server_jar, submit, wait_until, why_not
+from flink_cluster import ROOT, Cluster, job_server_jar, submit, wait_until, why_not
 
 from pipeline.__main__ import main
 from pipeline.sample import write_sample
@@ -124,6 +125,11 @@ def vectors_of(table: pa.Table) -> np.ndarray:
     return np.concatenate([chunk.flatten().to_numpy() for chunk in table["embedding"].chunks]).reshape(len(table), -1)
 
 
+def vectors_by_hash(snapshot: Snapshot) -> dict[str, bytes]:
+    table = sorted_table(snapshot)
+    return {text: one.tobytes() for text, one in zip(table["content_hash"].to_pylist(), vectors_of(table), strict=True)}
+
+
 def counts_of(snapshot: Snapshot, *but: str) -> dict[str, int]:
     """Returns the counts; padding is left out, for it depends on which texts meet in a batch."""
     counts = snapshot.manifest["counts"]
@@ -158,6 +164,15 @@ def test_a_cluster_gives_what_the_local_runner_gives(local, remote):
     assert_nothing_but_snapshots(Path(remote.output))
 
 
+def test_the_workers_have_our_package_from_their_job_alone(remote, tmp_path):
+    python = ROOT / ".cache" / "flink" / "worker-python" / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-c", "import torch, transforms"], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert b"No module named 'transforms'" in done.stderr
+
+
 def test_each_task_managers_one_process_loads_the_model_once_and_never_waits_for_flink(cluster, remote):
     loaded = [re.search(r"process (\d+) has loaded", line) for line in cluster.log_lines("has loaded the encoder")]
     processes = [found[1] for found in loaded if found]
@@ -172,7 +187,7 @@ def test_the_sample_corpus_gives_what_the_local_runner_gives_run_after_run(clust
     first = [json.loads(line) for line in write_sample(tmp_path).read_text().splitlines()]
     changed = [document | {"text": f"See also {document['module']}.\n\n{document['text']}"} for document in first[:100]]
     new = [{"id": f"new{number}", "text": TEXTS[number % 25], "module": "", "kind": ""} for number in range(50)]
-    corpus = tmp_path / "corpus.jsonl"
+    corpus, vectors = tmp_path / "corpus.jsonl", []
     torch.set_num_threads(os.cpu_count() or 1)  # This model is no tiny one.
     try:
         for documents in first, [*changed, *first[300:], *new]:
@@ -182,12 +197,16 @@ def test_the_sample_corpus_gives_what_the_local_runner_gives_run_after_run(clust
                 for runner, options in {"local": [], "flink": cluster.staged}.items()
             )
             assert_equal(local, remote)
+            vectors.append(vectors_by_hash(remote))
     finally:
         torch.set_num_threads(1)
     counts = counts_of(remote)
     assert (counts["embedded"], counts["deleted"]) == (150, 200)
     assert counts["texts_encoded"] == len({document["text"] for document in (*changed, *new)})
     assert counts["reused"] == len(first) - 300
+    before, after = vectors
+    assert len(before.keys() & after.keys()) > 6000
+    assert all(before[text_hash] == after[text_hash] for text_hash in before.keys() & after.keys())
     assert_nothing_but_snapshots(tmp_path / "flink")
 
 
