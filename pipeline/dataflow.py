@@ -14,6 +14,9 @@ _BUCKET = re.compile(r"(gs://)?(?P<bucket>[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9])(?P
 _PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{1,61}[a-z0-9]")
 _ZONE = re.compile(r"(?P<region>[a-z]+-[a-z]+[0-9]+)-[a-z]")
 
+IMAGE_TO_BUILD = "IMAGE_TO_BUILD"
+"""Stands for the workers' image where a job with a GPU is only shown, and none is named."""
+
 
 def is_dataflow(runner: str) -> bool:
     """Returns whether a runner is Dataflow's, by whatever name."""
@@ -46,6 +49,11 @@ def is_launch(beam_options: Sequence[str]) -> bool:
     return view(beam_options, GoogleCloudOptions).template_location is not None
 
 
+def lacks_image(beam_options: Sequence[str]) -> bool:
+    """Returns whether an image must still be built and named, so that the job can only be shown."""
+    return view(beam_options, WorkerOptions).sdk_container_image == IMAGE_TO_BUILD
+
+
 def setup_file() -> str | None:
     """Returns the setup.py that this code can be packed with; None where it is installed, not checked out."""
     root = Path(__file__).resolve().parent.parent
@@ -60,6 +68,7 @@ def complete(
     gpu_everywhere: bool,
     job_name: str,
     setup_path: str | None,
+    is_only_shown: bool = False,
 ) -> list[str]:
     """Returns Beam's options for Dataflow: those given, then what they leave open.
 
@@ -70,6 +79,7 @@ def complete(
       gpu_everywhere: `--gpu_everywhere`: all machines have it, not just those that encode.
       job_name: taken where none is given.
       setup_path: as `setup_file` returned it.
+      is_only_shown: nothing is submitted, and `IMAGE_TO_BUILD` stands for an image that is needed and not named.
 
     Raises:
       ValueError: something is missing, or options contradict each other; the message holds the remedy.
@@ -91,7 +101,7 @@ def complete(
         added.append("--no_save_main_session")  # It holds nothing that workers need.
     on_all = asked if gpu_everywhere else pool_accelerator(given)
     asking = "--gpu" if asked else "worker_accelerator" if on_all else None
-    added += _package_options(given, asking, setup_path)
+    added += _package_options(given, asking, setup_path, is_only_shown)
     if asked is not None and gpu_everywhere:
         added.append(f"--dataflow_service_options=worker_accelerator={asked.spec}")
     if on_all is not None and not view(given, WorkerOptions).machine_type:
@@ -164,17 +174,22 @@ def _check_required(google: GoogleCloudOptions, bucket: str | None) -> None:
             raise ValueError(f"--{name} {folder!r} is not on gs://: name a folder there, or give --bucket in its place")
 
 
-def _package_options(given: Sequence[str], asking: str | None, setup_path: str | None) -> list[str]:
+def _package_options(
+    given: Sequence[str], asking: str | None, setup_path: str | None, is_only_shown: bool
+) -> list[str]:
     """Returns how the workers get this code, unless the options say it: packed from the checkout.
 
     Args:
       given: options of Beam.
       asking: the option that asks for a GPU; None where none does.
       setup_path: as `setup_file` returned it.
+      is_only_shown: as of `complete`.
     """
     worker, setup = view(given, WorkerOptions), view(given, SetupOptions)
     if worker.sdk_container_image:
         return []
+    if asking is not None and is_only_shown:
+        return [f"--sdk_container_image={IMAGE_TO_BUILD}"]
     if asking is not None:
         raise ValueError(
             f"{asking} needs --sdk_container_image, an image in which PyTorch finds the GPU: deploy/README.md says how "

@@ -139,6 +139,7 @@ def _for_dataflow(options: EmbedOptions, output: str | None) -> EmbedOptions:
         options.gpu_everywhere,
         f"embed-corpus-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
         dataflow.setup_file(),
+        is_only_shown=options.dry_run,
     )
     if output is None and options.bucket is not None:
         options = replace(options, output=f"{dataflow.bucket_folder(options.bucket)}/output")
