@@ -14,8 +14,8 @@ _BUCKET = re.compile(r"(gs://)?(?P<bucket>[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9])(?P
 _PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{1,61}[a-z0-9]")
 _ZONE = re.compile(r"(?P<region>[a-z]+-[a-z]+[0-9]+)-[a-z]")
 
-IMAGE_TO_BUILD = "IMAGE_TO_BUILD"
-"""Stands for the workers' image where a job with a GPU is only shown, and none is named."""
+_INSTALLING_DISK_GB = 50
+"""Disk of machines that install PyTorch with CUDA, 5 GB, as they start: Dataflow's own 25 GB hold its image too."""
 
 
 def is_dataflow(runner: str) -> bool:
@@ -49,9 +49,19 @@ def is_launch(beam_options: Sequence[str]) -> bool:
     return view(beam_options, GoogleCloudOptions).template_location is not None
 
 
-def lacks_image(beam_options: Sequence[str]) -> bool:
-    """Returns whether an image must still be built and named, so that the job can only be shown."""
-    return view(beam_options, WorkerOptions).sdk_container_image == IMAGE_TO_BUILD
+def idle_gpu_warning(device: str, beam_options: Sequence[str]) -> str | None:
+    """Returns what to tell a person whose machines have a GPU and no image; None where that is not so.
+
+    Args:
+      device: as `dataflow_machines.device_for` returned it.
+      beam_options: as `complete` returned them.
+    """
+    if device != "cuda" or view(beam_options, WorkerOptions).sdk_container_image:
+        return None
+    return (
+        "without --sdk_container_image each machine installs PyTorch before it encodes, minutes in which its GPU "
+        "idles: deploy/README.md says how to build an image that holds all"
+    )
 
 
 def setup_file() -> str | None:
@@ -68,7 +78,6 @@ def complete(
     gpu_everywhere: bool,
     job_name: str,
     setup_path: str | None,
-    is_only_shown: bool = False,
 ) -> list[str]:
     """Returns Beam's options for Dataflow: those given, then what they leave open.
 
@@ -79,7 +88,6 @@ def complete(
       gpu_everywhere: `--gpu_everywhere`: all machines have it, not just those that encode.
       job_name: taken where none is given.
       setup_path: as `setup_file` returned it.
-      is_only_shown: nothing is submitted, and `IMAGE_TO_BUILD` stands for an image that is needed and not named.
 
     Raises:
       ValueError: something is missing, or options contradict each other; the message holds the remedy.
@@ -100,8 +108,7 @@ def complete(
     if view(given, SetupOptions).save_main_session is None:
         added.append("--no_save_main_session")  # It holds nothing that workers need.
     on_all = asked if gpu_everywhere else pool_accelerator(given)
-    asking = "--gpu" if asked else "worker_accelerator" if on_all else None
-    added += _package_options(given, asking, setup_path, is_only_shown)
+    added += _package_options(given, setup_path)
     if asked is not None and gpu_everywhere:
         added.append(f"--dataflow_service_options=worker_accelerator={asked.spec}")
     if on_all is not None and not view(given, WorkerOptions).machine_type:
@@ -174,32 +181,22 @@ def _check_required(google: GoogleCloudOptions, bucket: str | None) -> None:
             raise ValueError(f"--{name} {folder!r} is not on gs://: name a folder there, or give --bucket in its place")
 
 
-def _package_options(
-    given: Sequence[str], asking: str | None, setup_path: str | None, is_only_shown: bool
-) -> list[str]:
+def _package_options(given: Sequence[str], setup_path: str | None) -> list[str]:
     """Returns how the workers get this code, unless the options say it: packed from the checkout.
 
     Args:
       given: options of Beam.
-      asking: the option that asks for a GPU; None where none does.
       setup_path: as `setup_file` returned it.
-      is_only_shown: as of `complete`.
     """
     worker, setup = view(given, WorkerOptions), view(given, SetupOptions)
     if worker.sdk_container_image:
         return []
-    if asking is not None and is_only_shown:
-        return [f"--sdk_container_image={IMAGE_TO_BUILD}"]
-    if asking is not None:
-        raise ValueError(
-            f"{asking} needs --sdk_container_image, an image in which PyTorch finds the GPU: deploy/README.md says how "
-            "to build it from deploy/Dockerfile"
-        )
+    added = [] if worker.disk_size_gb else [f"--disk_size_gb={_INSTALLING_DISK_GB}"]
     if setup.setup_file or setup.extra_packages:
-        return []
+        return added
     if setup_path is None:
         raise ValueError(
             "Dataflow's workers need this package: give --sdk_container_image, an image that holds it (see "
             "deploy/README.md), or --extra_package, its source package (embed_corpus-VERSION.tar.gz)"
         )
-    return [f"--setup_file={setup_path}"]
+    return [*added, f"--setup_file={setup_path}"]

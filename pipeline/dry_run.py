@@ -30,11 +30,6 @@ from transforms.snapshots import LatestVersion
 _SAMPLE = "the sample corpus"
 _UNKNOWN = "unknown before the run"
 
-_IMAGE_IS_MISSING = (
-    f"--sdk_container_image in place of {dataflow.IMAGE_TO_BUILD}: one in which PyTorch finds the GPU; "
-    "deploy/README.md says how to build it from deploy/Dockerfile"
-)
-
 _HINTS = {AcceleratorHint.urn: "accelerator", MinRamHint.urn: "min_ram_bytes"}
 
 
@@ -59,8 +54,6 @@ def describe_job(options: EmbedOptions) -> str:
     else:
         proto = pipeline.to_runner_api()
     lines += ["Steps", *(f"  {step}" for step in _steps(proto))]
-    if dataflow.is_dataflow(options.runner) and dataflow.lacks_image(options.beam_options):
-        lines += ["", "Before it can be submitted", f"  {_IMAGE_IS_MISSING}"]
     return "\n".join(lines)
 
 
@@ -142,6 +135,7 @@ def _described_environment(runner: DataflowRunner) -> Iterator[str]:
         "container image": ", ".join(images),
         "packages": ", ".join(packages) or "none: the image holds all",
         "machine type": pool["machine_type"] or "Dataflow's choice",
+        "disk in GB": pool["disk_size_gb"] or "Dataflow's choice",
         "most workers": pool["autoscaling_settings"]["max_num_workers"] or "Dataflow's choice",
         "service options": ", ".join(request["service_options"]) or "none",
         "experiments": ", ".join(request["experiments"]),

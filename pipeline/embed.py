@@ -81,6 +81,10 @@ def embed(options: EmbedOptions) -> int:
       JobError: the pipeline failed.
       KeyboardInterrupt: somebody interrupted it.
     """
+    if dataflow.is_dataflow(options.runner):
+        warning = dataflow.idle_gpu_warning(options.device, options.beam_options)
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
     if options.dry_run:
         print(describe_job(options))
         return PUBLISHED

@@ -139,7 +139,6 @@ def _for_dataflow(options: EmbedOptions, output: str | None) -> EmbedOptions:
         options.gpu_everywhere,
         f"embed-corpus-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
         dataflow.setup_file(),
-        is_only_shown=options.dry_run,
     )
     if output is None and options.bucket is not None:
         options = replace(options, output=f"{dataflow.bucket_folder(options.bucket)}/output")
@@ -351,7 +350,7 @@ def _add_dataflow_options(group: argparse._ArgumentGroup) -> None:
         "--gpu",
         metavar="NAME",
         help="GPU of the machines that encode, nvidia-l4 say, or a whole request: type:NAME;count:1;machine_type:...; "
-        "reading and tokenizing run on machines without; needs --sdk_container_image; default none",
+        "reading and tokenizing run on machines without; starts sooner with --sdk_container_image; default none",
     )
     group.add_argument(
         "--gpu_everywhere", action="store_true", help="give all machines the GPU, not only those that encode"

@@ -85,10 +85,26 @@ def test_nothing_is_packed_where_the_workers_get_the_package_otherwise(given):
     assert not [option for option in options.beam_options if "setup_file" in option and option != given]
 
 
-def test_an_installed_package_needs_an_image(monkeypatch, capsys):
+@pytest.mark.parametrize("gpu", [[], ["--gpu=nvidia-l4"]])
+def test_an_installed_package_needs_an_image(monkeypatch, capsys, gpu):
     monkeypatch.setattr(dataflow, "setup_file", lambda: None)
-    assert "give --sdk_container_image, an image that holds it" in refusal(capsys, *HERE)
-    assert parse([*HERE, IMAGE]).beam_options
+    assert "give --sdk_container_image, an image that holds it" in refusal(capsys, *HERE, *gpu)
+    assert parse([*HERE, *gpu, IMAGE]).beam_options
+
+
+@pytest.mark.parametrize(
+    ("given", "disk_size_gb"),
+    [
+        ([], 50),
+        (["--gpu=nvidia-l4"], 50),
+        (["--extra_package=dist/embed_corpus-0.1.0.tar.gz"], 50),
+        (["--disk_size_gb=100"], 100),
+        ([IMAGE], None),
+    ],
+)
+def test_machines_that_install_pytorch_have_room_for_it(given, disk_size_gb):
+    options = parse([*HERE, *given])
+    assert PipelineOptions(list(options.beam_options)).view_as(WorkerOptions).disk_size_gb == disk_size_gb
 
 
 @pytest.mark.parametrize("runner", ["dataflow", "DataflowRunner", "Dataflow"])
@@ -109,6 +125,22 @@ def test_a_gpu_is_for_the_encoding_step_and_used():
     assert encoder_hints(options.gpu, options.gpu_everywhere) == {"accelerator": L4, "min_ram": "16GB"}
     assert options.device == "cuda"
     assert google(options).dataflow_service_options is None
+
+
+@pytest.mark.parametrize(
+    ("given", "warns"),
+    [
+        (["--gpu=nvidia-l4"], True),
+        (["--gpu=nvidia-l4", "--gpu_everywhere"], True),
+        ([f"--dataflow_service_options=worker_accelerator={L4}"], True),
+        (["--gpu=nvidia-l4", IMAGE], False),
+        ([], False),
+    ],
+)
+def test_a_gpu_that_waits_for_pytorch_is_worth_a_warning(given, warns):
+    options = parse([*HERE, *given])
+    warning = dataflow.idle_gpu_warning(options.device, options.beam_options)
+    assert (warning is not None and "deploy/README.md says how to build an image" in warning) == warns
 
 
 def test_a_whole_request_is_handed_on():
@@ -202,7 +234,6 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
             "--region 'us-central1-a' is a zone",
             "write its region, us-central1, or add --worker_zone=us-central1-a",
         ),
-        ([*HERE, ON_ALL], "worker_accelerator needs --sdk_container_image", "deploy/README.md says how to build it"),
         ([*HERE, IMAGE, ON_ALL, "--device=cpu"], "worker_accelerator and --device=cpu contradict", "leave one out"),
         ([*HERE, IMAGE, ON_ALL, ON_ALL], "asks for type:nvidia-l4;", "leave all but one out"),
         ([*HERE, IMAGE, ON_ALL, "--machine_type=n1-standard-4"], "'n1-standard-4' cannot hold", "take g2-standard-8"),
@@ -264,7 +295,6 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
         ([*GPU, "--device=cpu"], "--gpu and --device=cpu contradict", "leave one out"),
         ([*HERE, "--device=cuda"], "--device=cuda needs machines with a GPU", "give --gpu"),
         ([*HERE, "--gpu_everywhere"], "--gpu_everywhere says on which machines", "name the GPU"),
-        ([*HERE, "--gpu=nvidia-l4"], "--gpu needs --sdk_container_image", "deploy/README.md says how to build it"),
         ([*HERE, IMAGE, "--gpu=l4"], "--gpu 'l4' names no GPU", "did you mean nvidia-l4?"),
         ([*HERE, IMAGE, "--gpu=type:nvidia-l4;count:2"], "asks for 2 GPUs on each machine", "write count:1"),
         ([*HERE, IMAGE, "--gpu=type:nvidia-l4"], "asks for no number of GPUs", "write count:1"),

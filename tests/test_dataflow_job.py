@@ -135,7 +135,8 @@ def test_all_machines_have_the_gpu_where_that_is_asked_for(bucket, tmp_path):
     assert pool["autoscalingSettings"]["maxNumWorkers"] == 7
 
 
-def test_without_an_image_the_package_is_staged(bucket, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpu", [[], ["--gpu=nvidia-l4"]])
+def test_without_an_image_the_package_is_staged(bucket, tmp_path, monkeypatch, gpu):
     build, packed = Stager._build_setup_package, []
 
     def build_and_tell(setup_file, *arguments):
@@ -143,7 +144,7 @@ def test_without_an_image_the_package_is_staged(bucket, tmp_path, monkeypatch):
         return build(setup_file, *arguments)
 
     monkeypatch.setattr(Stager, "_build_setup_package", staticmethod(build_and_tell))
-    job, _ = captured(bucket, tmp_path, "--machine_type=n2-standard-4")
+    job, pipeline = captured(bucket, tmp_path, "--max_num_workers=3", *gpu)
     # Packing leaves files beside setup.py: that of a copy, which is gone then.
     [path] = packed
     assert Path(__file__).parent.parent not in path.parents
@@ -158,8 +159,16 @@ def test_without_an_image_the_package_is_staged(bucket, tmp_path, monkeypatch):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pipeline/embed.py", "transforms/inference.py", "transforms/checkpoints/default/lstm.safetensors"} <= names
     assert not [name for name in names if name.startswith("tests")]
-    assert pool["machineType"] == "n2-standard-4"
-    assert pool["workerHarnessContainerImage"].startswith("gcr.io/cloud-dataflow/v1beta3/beam_python3.")
+    assert pool["diskSizeGb"] == 50
+    images = {image["containerImage"] for image in pool["sdkHarnessContainerImages"]}
+    assert all(image.startswith("gcr.io/cloud-dataflow/v1beta3/beam_python3.") for image in images)
+    # Those with a GPU, whose environment is another one, get it too.
+    environments = {step.environment_id: hints(pipeline, step) for step in leaves(pipeline).values()}
+    assert len([asked for asked in environments.values() if asked]) == len(gpu)
+    for name in environments:
+        dependencies = pipeline.components.environments[name].dependencies
+        roles = [beam_runner_api_pb2.ArtifactStagingToRolePayload.FromString(one.role_payload) for one in dependencies]
+        assert "workflow.tar.gz" in [role.staged_name for role in roles], name
 
 
 def test_options_of_the_job_reach_the_service(bucket, tmp_path):

@@ -70,20 +70,15 @@ def test_the_sample_corpus_is_not_uploaded(offline, capsys):
     assert "  machine type      g2-standard-8" in parts["Job for Dataflow"]
 
 
-@pytest.mark.parametrize("everywhere", [[], ["--gpu_everywhere"]])
-def test_a_job_with_a_gpu_is_shown_before_its_image_is_built(offline, capsys, everywhere):
-    argv = ["dataflow", "--project=project-1", "--region=r", "--bucket=bucket-1", "--gpu=nvidia-l4", *everywhere]
-    parts = shown(capsys, *argv)
-    assert "  --sdk_container_image=IMAGE_TO_BUILD" in parts["Options of Beam"]
-    assert "  container image   IMAGE_TO_BUILD" in parts["Job for Dataflow"]
-    [told] = parts["Before it can be submitted"]
-    assert told.startswith("  --sdk_container_image in place of IMAGE_TO_BUILD: one in which PyTorch finds the GPU;")
-    named = shown(capsys, *argv, f"--sdk_container_image={IMAGE}")
-    assert "Before it can be submitted" not in named
-    assert named["Steps"] == parts["Steps"]
-    with pytest.raises(SystemExit):
-        main(argv)
-    assert "--gpu needs --sdk_container_image" in capsys.readouterr().err
+def test_a_job_with_a_gpu_needs_no_image(offline, capsys):
+    argv = ["--project=project-1", "--region=us-central1", "--bucket=bucket-1", "--gpu=nvidia-l4"]
+    assert main(["dataflow", *argv, "--dry_run"]) == 0
+    shown_parts = capsys.readouterr()
+    assert "  disk in GB        50" in shown_parts.out.splitlines()
+    assert f"    Encode  [accelerator {L4}, min_ram_bytes 16000000000]" in shown_parts.out.splitlines()
+    assert shown_parts.err.startswith("warning: without --sdk_container_image each machine installs PyTorch before")
+    assert main(["dataflow", *argv, "--dry_run", f"--sdk_container_image={IMAGE}"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_job_on_this_machine(offline, capsys, tmp_path, monkeypatch):

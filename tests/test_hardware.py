@@ -1,6 +1,9 @@
 """Which device and number type a run gets, on machines of every sort."""
 
 import logging
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,6 +49,39 @@ def test_cuda_is_refused_where_there_is_none(machine):
     machine()
     with pytest.raises(RuntimeError, match=r"device cuda was asked for, but .* has no usable GPU .* --device cpu"):
         resolve_device("cuda")
+
+
+_FIND_DRIVER = """
+import ctypes, sys
+from pathlib import Path
+from transforms.hardware import load_mounted_driver
+
+load_mounted_driver(Path(sys.argv[1]))
+print(ctypes.CDLL("libcuda.so.1").made_for_a_test(), ctypes.CDLL("libnvidia-ml.so.1").made_for_a_test())
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed, which makes a driver for this test")
+def test_a_driver_that_is_mounted_where_nobody_looks_is_found_by_its_name(tmp_path):
+    source = tmp_path / "driver.c"
+    source.write_text("int made_for_a_test(void) { return 7; }\n")
+    for name in hardware._DRIVER_LIBRARIES:
+        subprocess.run(["gcc", "-shared", f"-Wl,-soname,{name}", "-o", tmp_path / name, source], check=True)
+    # Loaded libraries are known to the whole process.
+    done = subprocess.run(
+        [sys.executable, "-c", _FIND_DRIVER, tmp_path], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "7 7\n", done.stderr
+
+
+def test_the_mounted_driver_is_loaded_unless_the_cpu_is_asked_for(machine, monkeypatch):
+    machine()
+    loaded = []
+    monkeypatch.setattr(hardware, "load_mounted_driver", loaded.append)
+    resolve_device("cpu")
+    assert loaded == []
+    resolve_device("auto")
+    assert [str(folder) for folder in loaded] == ["/usr/local/nvidia/lib64"]
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "CUDA", "cuda:1"])

@@ -155,7 +155,7 @@ def test_the_words_are_those_of_the_runners():
         (["local", "--dry_run"], "--dry_run shows the job and runs nothing"),
         ([*CLOUD, "--template_location=gs://b/t"], "--template_location shows the job and runs nothing"),
         (["local", "--format", "cron"], "--format is an option of the schedule itself: write it before the word"),
-        ([*CLOUD, "--gpu=nvidia-l4"], "--gpu needs --sdk_container_image"),
+        ([*CLOUD, "--gpu=nvidia-l4", "--device=cpu"], "--gpu and --device=cpu contradict each other"),
         (["--timezone=Mars/Phobos", "local"], "'Mars/Phobos' is no time zone"),
         (["--timezone=../x", "local"], "'../x' is no time zone"),
         (["--name=Nightly", "local"], "'Nightly' is no name that all take"),
@@ -206,7 +206,8 @@ def entries_of(out: str) -> dict[str, str]:
 
 
 def test_what_one_format_refuses_others_may_take(capsys):
-    options = [*TEMPLATE, "--image=i", *CLOUD, "--gpu=nvidia-l4"]  # The template brings the image that a GPU needs.
+    # The template brings the image that holds the checkpoint.
+    options = [*TEMPLATE, "--image=i", *CLOUD, "--checkpoint=/opt/checkpoints/mine"]
     out = entries_of(printed(capsys, *options))
     assert list(out) == [
         "cron: left out", "cloud-scheduler", "cloud-scheduler-json", "airflow", "kubernetes: left out",
@@ -216,7 +217,7 @@ def test_what_one_format_refuses_others_may_take(capsys):
             assert text == printed(capsys, f"--format={name}", *options) + "\n"
         else:
             told = refusal(capsys, f"--format={name.partition(':')[0]}", *options)
-            assert told.startswith("--gpu needs --sdk_container_image")
+            assert told.startswith("--checkpoint '/opt/checkpoints/mine' is on this machine, where Dataflow's workers")
             assert text == f"# {told}\n\n"
 
 

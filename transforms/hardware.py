@@ -1,5 +1,6 @@
 """Which device and number type the encoder runs with on this machine."""
 
+import ctypes
 import functools
 import logging
 import platform
@@ -22,6 +23,11 @@ _TIMED_PRODUCT = (512, 384, 1536)
 _AMPERE = (8, 0)
 """The first CUDA compute capability with bfloat16."""
 
+_MOUNTED_DRIVER = Path("/usr/local/nvidia/lib64")
+"""Where Dataflow and GKE mount NVIDIA's driver; the loader of an image that was not made for it does not look there."""
+
+_DRIVER_LIBRARIES = ("libnvidia-ml.so.1", "libcuda.so.1")
+
 
 class DeviceError(RuntimeError):
     """The device that was asked for is not there."""
@@ -42,6 +48,8 @@ def resolve_device(device: str) -> torch.device:
     """
     if device not in DEVICES:
         raise ValueError(f"device {device!r} is none of {', '.join(DEVICES)}")
+    if device != "cpu":
+        load_mounted_driver(_MOUNTED_DRIVER)
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise DeviceError(
@@ -49,6 +57,22 @@ def resolve_device(device: str) -> torch.device:
             f"{torch.version.cuda}): install its driver, use a machine with one, or ask for --device cpu"
         )
     return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def load_mounted_driver(folder: Path) -> None:
+    """Loads NVIDIA's driver from a folder, for those who then ask for it by name, as PyTorch does (dlopen(3)).
+
+    Does nothing where the loader finds it without help, or where the folder does not hold it.
+
+    Raises:
+      OSError: a library of it cannot be loaded.
+    """
+    for name in _DRIVER_LIBRARIES:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            if (folder / name).is_file():
+                ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
 
 
 def cpu_flags() -> set[str]:
