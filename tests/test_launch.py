@@ -48,7 +48,7 @@ esac
 # A Python whose pip and venv can be missing, and whose pip installs the stand-in for uv.
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
-  *"print(sys.executable)") echo "$0" ;;
+  "-c "*"sys.version_info >= (3, 10)"*) echo "$0" ;;
   "-m pip config get "*) [[ -n ${{HAS_PIP:-}} && $5 == global.index-url ]] && echo https://index.from.pip.conf/simple ;;
   "-m pip "*)
     [[ -n ${{HAS_PIP:-}} ]] || exit 1
@@ -374,3 +374,14 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert "./launch.sh test </dev/null" in commands
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert os.access(ROOT / "launch.sh", os.X_OK)
+
+
+def test_an_activated_environment_is_made_anew_from_the_python_it_was_made_with(checkout):
+    venv = checkout.root / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    done = checkout.call("local", PATH=f"{venv}/bin:{checkout.bin}")
+    assert done.returncode == 7, done.stderr
+    (call,) = [line for line in checkout.uv_calls() if line.startswith("venv ")]
+    made_with = call.partition(" --python ")[2].removesuffix(f" {venv}")
+    assert Path(made_with).exists()
+    assert venv not in Path(made_with).parents
