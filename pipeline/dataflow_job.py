@@ -42,11 +42,13 @@ def upload_url(path: Path, folder: str) -> str:
 def wait(result: PipelineResult) -> str:
     """Waits for a job on any runner, and returns the state in which it ended.
 
-    Where this process is interrupted, a job on Dataflow is cancelled; where it is killed, the job goes on.
+    Where this process is interrupted, a job on Dataflow is cancelled; where it is killed, the job goes on. What was
+    staged for a job on Dataflow is removed when it is done, and kept where it failed, for whoever looks for the reason.
 
     Raises:
       DataflowJobError: the job on Dataflow failed or was cancelled.
       KeyboardInterrupt: somebody interrupted it.
+      OSError: what was staged cannot be removed.
     """
     if not isinstance(result, DataflowPipelineResult) or not result.has_job:
         return result.wait_until_finish()
@@ -54,7 +56,7 @@ def wait(result: PipelineResult) -> str:
     print(f"Dataflow job {result.job_id()} was started; ending this program by Ctrl-C cancels it\n  {console}")
     sys.stdout.flush()
     try:
-        return result.wait_until_finish()
+        state = result.wait_until_finish()
     except KeyboardInterrupt:
         print(f"cancelling Dataflow job {result.job_id()}", file=sys.stderr)
         result.cancel()
@@ -63,6 +65,16 @@ def wait(result: PipelineResult) -> str:
         raise DataflowJobError(
             f"Dataflow job {result.job_id()} ended {result.state}: {_cause(error)}; its logs are at {console}"
         ) from error
+    if state == "DONE":
+        _remove_staged(result._options.view_as(GoogleCloudOptions))
+    return state
+
+
+def _remove_staged(google: GoogleCloudOptions) -> None:
+    """Removes the folders that Beam has made for this job alone, and that the options name once it is submitted."""
+    for folder in google.staging_location, google.temp_location:
+        if folder.rpartition("/")[2].startswith(f"{google.job_name}."):
+            storage.delete_folder(folder)
 
 
 def console_url(result: DataflowPipelineResult) -> str:

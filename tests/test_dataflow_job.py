@@ -205,9 +205,9 @@ def test_a_job_that_is_done_is_published(bucket, capsys):
     out = capsys.readouterr().out
     assert f"https://console.cloud.google.com/dataflow/jobs/us-central1/{JOB_ID}?project=project-1" in out
     assert f"published  snapshot={snapshot.name}" in out
-    # Nothing else is left, not even an empty object that stands for a folder, nor beside the output folder.
-    blobs = gcs.storage_client().list_blobs(bucket.removeprefix("gs://"), prefix="output")
-    assert {blob.name for blob in blobs} == {
+    # Nothing else is left, not even an empty object that stands for a folder, nor what was staged.
+    blobs = gcs.storage_client().list_blobs(bucket.removeprefix("gs://"))
+    assert {blob.name for blob in blobs if blob.name.partition("/")[0] not in ("in", "checkpoint")} == {
         "output/LATEST",
         f"output/snapshot={snapshot.name}/embeddings-00000-of-00001.parquet",
         f"output/snapshot={snapshot.name}/manifest.json",
@@ -228,6 +228,7 @@ def test_a_failed_job_says_why_and_where_its_logs_are(bucket, capsys):
     )
     with running_dataflow(["RUNNING", "FAILED"], error=error) as service:
         said = failure(bucket, capsys, service)
+    assert staged(bucket, "pipeline.pb")
     assert said == (
         f"error: Dataflow job {JOB_ID} ended FAILED: --device=cuda, and this machine has no GPU; its logs are at "
         f"https://console.cloud.google.com/dataflow/jobs/us-central1/{JOB_ID}?project=project-1"
