@@ -58,6 +58,7 @@ _REMEDIES = {
     "java.net.ConnectException": "a TaskManager found no worker pool at --environment_config",
     "CANCELLED: client cancelled": "a worker process has died, killed or out of memory say",
     "SDK harness closed connection": "a worker process has died, killed or out of memory say",
+    "JobCancellationException": "on Flink's page, or with its command; the next run takes up what was encoded",
     "TaskExecutor is shutting down": "a TaskManager was stopped, or ended itself, out of memory say; its log, of an "
     "embedded Flink the job server's, tells why",
 }

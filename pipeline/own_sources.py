@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.dataflow import setup_file
 
-_PACKED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "pipeline", "transforms")
+_PACKED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "pipeline", "transforms")
 
 
 @contextmanager

@@ -64,9 +64,14 @@ def wait_until(what: str, condition: Callable[[], Any], seconds: float = 120) ->
 
 
 class Cluster:
-    """A JobManager, two TaskManagers with two slots each, and a worker pool, at ports of their own."""
+    """A JobManager, two TaskManagers with two slots each, and a worker pool, at ports of their own.
 
-    def __init__(self, folder: Path):
+    Args:
+      folder: of the cluster.
+      properties: lines for Flink's settings.
+    """
+
+    def __init__(self, folder: Path, properties: str = ""):
         # It may take minutes the first time, and ports are not kept free.
         subprocess.run([SCRIPT, "fetch"], env=os.environ | {"PYTHON": sys.executable}, check=True, timeout=900)
         self.folder = folder
@@ -76,6 +81,7 @@ class Cluster:
             "FLINK_REST_PORT": str(self.rest_port),
             "FLINK_RPC_PORT": str(rpc_port),
             "FLINK_POOL_PORT": str(self.pool_port),
+            "FLINK_PROPERTIES": properties,
             "PYTHON": sys.executable,
         }
 
@@ -134,6 +140,13 @@ class Cluster:
     def jobs(self) -> list[str]:
         """Returns the states of all jobs there have been."""
         return [job["status"] for job in self.ask("/jobs")["jobs"]]
+
+    def cancel_jobs(self) -> None:
+        """Cancels all jobs that run, as Flink's page does."""
+        for job in self.ask("/jobs")["jobs"]:
+            if job["status"] == "RUNNING":
+                url = f"http://localhost:{self.rest_port}/jobs/{job['id']}?mode=cancel"
+                urllib.request.urlopen(urllib.request.Request(url, method="PATCH"), timeout=10).close()
 
     def processes(self) -> dict[int, str]:
         """Returns the command lines of all processes of the cluster by their ids."""

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from embed_runs import PUBLISHED, contents_of, latest
-from flink_cluster import ROOT, Cluster, job_server_jar, submit, wait_until, why_not
+from flink_cluster import ROOT, Cluster, answers, free_ports, job_server_jar, submit, wait_until, why_not
 
 from pipeline.__main__ import main
 from pipeline.sample import write_sample
@@ -39,6 +40,8 @@ NUM_TEXTS = 12_000
 MANY = 10_000
 """Rows of a shard, so that there are several."""
 
+MANIFEST = ROOT / "deploy" / "kubernetes" / "flink-cluster.yaml"
+
 WORDS = "the a of to and in is it read write file zip archive text lines words red green blue fast slow".split()
 TEXTS = [
     " ".join(random.Random(number).choices(WORDS, k=number % 9 + 3)) + f" {number}" for number in range(NUM_TEXTS + 500)
@@ -53,7 +56,7 @@ FAULTY = [{"id": f"none{number}", "n": number} for number in range(10)]
 REPEATED = [document | {"n": -1} for document in DOCUMENTS[:20]]
 
 # Long texts, each in a batch of its own, take their time.
-LONG = [{"id": f"id{n}", "text": f"{TEXTS[n % NUM_TEXTS]} " * 10 + str(n), "n": n} for n in range(20_000)]
+LONG = [{"id": f"id{n}", "text": f"{TEXTS[n % NUM_TEXTS]} " * 10 + str(n), "n": n} for n in range(24_000)]
 SLOW = ["--max_batch_tokens=24", "--device=cpu", "--dtype=float32"]
 
 
@@ -77,9 +80,14 @@ def coming(tmp_path_factory) -> Iterator[tuple[Cluster, Future[None]]]:
         with ThreadPoolExecutor() as pool:
             yield cluster, pool.submit(cluster.up)
     finally:
-        cluster.script("down")
-        assert cluster.processes() == {}
-        assert {path.name for path in cluster.folder.iterdir()} == {"conf", "lib", "log", "start-worker.sh"}
+        end(cluster)
+
+
+def end(cluster: Cluster) -> None:
+    """Takes a cluster down, and asserts that nothing of it runs any more."""
+    cluster.script("down")
+    assert cluster.processes() == {}
+    assert {path.name for path in cluster.folder.iterdir()} == {"conf", "lib", "log", "start-worker.sh"}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,8 @@ def remote(cluster, tmp_path_factory, corpus, tiny_checkpoint) -> Snapshot:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         checkpoint = f"--checkpoint={os.path.relpath(tiny_checkpoint)}"
-        run("flink", cluster.staged, Path("out"), corpus, checkpoint, "--keep_fields=n", f"--rows_per_shard={MANY}")
+        options = [*cluster.staged, f"--artifacts_dir={folder / 'artifacts'}"]
+        run("flink", options, Path("out"), corpus, checkpoint, "--keep_fields=n", f"--rows_per_shard={MANY}")
     return latest(folder / "out")
 
 
@@ -171,6 +180,8 @@ def test_the_workers_have_our_package_from_their_job_alone(remote, tmp_path):
         [python, "-c", "import torch, transforms"], cwd=tmp_path, env=environment, capture_output=True
     )
     assert b"No module named 'transforms'" in done.stderr
+    # Through this folder, which the job server has emptied again.
+    assert list((Path(remote.output).parent / "artifacts").iterdir()) == []
 
 
 def test_each_task_managers_one_process_loads_the_model_once_and_never_waits_for_flink(cluster, remote):
@@ -179,6 +190,14 @@ def test_each_task_managers_one_process_loads_the_model_once_and_never_waits_for
     assert len(processes) == 2
     assert len(set(processes)) == 2
     assert len(cluster.log_lines("outputs wait on disk")) == 2
+
+
+def test_each_slot_encodes_its_whole_share_at_once(cluster, remote):
+    """Else the encoder would see small and badly filled batches: a bundle of Flink's own holds a thousand elements."""
+    calls = [re.search(r"encodes (\d+) texts of \d+ tokens at once", line) for line in cluster.log_lines(" encodes ")]
+    num_texts = [int(found[1]) for found in calls if found]
+    assert len(num_texts) == 4
+    assert sum(num_texts) == counts_of(remote)["texts_encoded"]
 
 
 @pytest.mark.timeout(1800)  # Four hundred thousand tokens, twice.
@@ -224,6 +243,40 @@ def test_an_embedded_flink_needs_no_cluster(tmp_path, tiny, small):
     assert_equal(local, run("flink", [f"--flink_job_server_jar={job_server_jar()}"], tmp_path / "out", part, *tiny))
 
 
+def test_beams_own_pool_with_the_script_of_the_manifest_starts_workers(cluster, tmp_path, tiny, small, monkeypatch):
+    """As in a pod, whose image holds our package, so that no job brings it; unread, a megabyte would stop a worker."""
+    part, local = small
+    (starter,) = re.findall(r"^    #!/bin/sh\n    (exec .*)\n", MANIFEST.read_text(), re.MULTILINE)
+    (boot,) = (ROOT / ".cache" / "flink").glob("boot-*/container")
+    log, (port,) = tmp_path / "log", free_ports(1)
+    scripts = {
+        "boot": f"head -c 1000000 /dev/zero | tr '\\0' x\nexec {boot} --semi_persist_dir={tmp_path} \"$@\"",
+        "start-worker.sh": starter.replace("/opt/apache/beam/boot", f"{tmp_path}/boot").replace(
+            "/proc/1/fd/1", f"{log}"
+        ),
+    }
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    command = [sys.executable, "-m", "apache_beam.runners.worker.worker_pool_main", f"--service_port={port}"]
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": "1",
+    }
+    monkeypatch.setattr("pipeline.dataflow.setup_file", lambda: None)
+    with subprocess.Popen(
+        [*command, f"--container_executable={tmp_path}/start-worker.sh"], env=environment, cwd=tmp_path
+    ) as pool:
+        try:
+            wait_until("the pool listens", lambda: answers(port))
+            options = [f"--flink_job_server_jar={job_server_jar()}", "--environment_type=EXTERNAL"]
+            options.append(f"--environment_config=localhost:{port}")
+            assert_equal(local, run("flink", options, tmp_path / "out", part, *tiny))
+        finally:
+            pool.terminate()
+    assert log.stat().st_size > 1_000_000
+
+
 def test_input_output_and_checkpoint_may_be_on_gs(cluster, gcs_bucket, tmp_path, monkeypatch, tiny_checkpoint, small):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     part, local = small
@@ -253,7 +306,7 @@ def test_a_job_server_that_runs_takes_one_job_after_another(cluster, tmp_path, t
 
 
 def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, tiny):
-    """The submitter, the job, a worker, a TaskManager, and once more the submitter, whose job goes on without it."""
+    """The submitter, the job by it and by Flink, a worker, a TaskManager, and the submitter of a job that goes on."""
     output = tmp_path / "out"
     parts = iter(range(0, len(LONG), 4000))  # Every run has documents of its own, so that it has a middle.
     corpus = tmp_path / "corpus.jsonl"
@@ -296,6 +349,12 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
     assert (status, said.partition(":")[0]) == (130, "interrupted")
     assert cluster.jobs().count("CANCELED") == cancelled + 1
 
+    submitter, cancelled = start_and_save(*cluster.staged), cluster.jobs().count("CANCELED")
+    cluster.cancel_jobs()
+    status, said = end_of(submitter)
+    assert (status, "Job was cancelled. (on Flink's page," in said) == (1, True), said
+    assert cluster.jobs().count("CANCELED") == cancelled + 1
+
     workers_of_earlier_jobs = cluster.workers()
     submitter = start_and_save(*cluster.staged)
     os.kill(min(cluster.workers() - workers_of_earlier_jobs), signal.SIGKILL)
@@ -308,8 +367,8 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
     assert (status, "TaskManager" in said) == (1, True), said
     cluster.up()
 
-    assert len(list_work(str(output))) == 4
-    # All that the four have saved, be it one text, and what none of them has seen.
+    assert len(list_work(str(output))) == 5
+    # All that the five have saved, be it one text, and what none of them has seen.
     tables = [pq.read_table(output / name, columns=["content_hash"]) for name in saved()]
     text_hashes = {text_hash for table in tables for text_hash in table["content_hash"].to_pylist()}
     known = [document for document in LONG if content_hash(document["text"]) in text_hashes]
@@ -325,6 +384,27 @@ def test_whatever_is_killed_the_next_run_takes_up_the_work(cluster, tmp_path, ti
     undisturbed = run("local", [], tmp_path / "undisturbed", corpus, *tiny)
     assert_equal(snapshot, undisturbed, "embedded", "reused", "recovered", "texts_encoded", "tokens")
     assert snapshot.manifest["counts"]["recovered"] == len(known)
+    assert_nothing_but_snapshots(output)
+
+
+def test_with_the_restart_strategy_of_the_manifest_a_job_outlives_a_task_manager(tmp_path, tiny):
+    properties = re.findall(r"^    (restart-strategy\..+: .+)\n", MANIFEST.read_text(), re.MULTILINE)
+    assert [line.partition(": ")[2] for line in properties] == ["fixed-delay", '"3"', "30s"]
+    cluster = Cluster(
+        tmp_path / "cluster", "\n".join(properties).replace("30s", "5s")
+    )  # Nobody looks for capacity here.
+    output, corpus = tmp_path / "out", write_corpus(tmp_path / "corpus.jsonl", LONG[:3000])
+    try:
+        cluster.up()
+        submitter = submit([*cluster.staged, f"--input={corpus}", f"--output={output}", *SLOW, *tiny])
+        wait_until("work is saved", lambda: any("/vectors-" in name for name in list_files(str(output))), 240)
+        cluster.kill_task_manager()
+        cluster.up()
+        _, said = submitter.communicate(timeout=400)
+        assert submitter.returncode == PUBLISHED, said
+    finally:
+        end(cluster)
+    assert_equal(latest(output), run("local", [], tmp_path / "undisturbed", corpus, *tiny))
     assert_nothing_but_snapshots(output)
 
 

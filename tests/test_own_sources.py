@@ -28,7 +28,7 @@ def test_the_copy_has_all_that_is_packed_and_goes_when_the_job_has_ended():
         expected = {f"{name}/{path}": data for path, data in files_of(ROOT / name).items()}
         assert {path: data for path, data in files.items() if path.startswith(f"{name}/")} == expected
     others = {path for path in files if "/" not in path}
-    assert others == {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"}
+    assert others == {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_two_jobs_at_once_have_copies_of_their_own():

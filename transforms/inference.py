@@ -141,6 +141,8 @@ class EncoderModelHandler(ModelHandler[TokenizedDocument, Encoded | Failed, Load
         """Encodes a batch; as many results as documents, in their order."""
         if inference_args:
             raise ValueError(f"EncoderModelHandler takes no inference_args: {sorted(inference_args)}")
+        num_tokens = sum(map(size_tokens, batch))
+        _logger.info("process %d encodes %d texts of %d tokens at once", os.getpid(), len(batch), num_tokens)
         return model.encode_documents(batch, self._on_encoded)
 
     def get_num_bytes(self, batch: Sequence[TokenizedDocument]) -> int:
