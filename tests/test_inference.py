@@ -8,7 +8,7 @@ import pytest
 import torch
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.testing.test_pipeline import TestPipeline
+from apache_beam.testing.test_pipeline import TestPipeline as Pipeline
 from apache_beam.testing.util import assert_that
 from apache_beam.transforms.window import FixedWindows, GlobalWindows, IntervalWindow, TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
@@ -80,8 +80,8 @@ def test_large_fields_make_a_batch_smaller(loaded):
 # In a pipeline.
 
 
-def run_pipeline() -> TestPipeline:
-    return TestPipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
+def run_pipeline() -> Pipeline:
+    return Pipeline(options=PipelineOptions(["--runner=FnApiRunner"]))
 
 
 def test_run_inference_gives_one_result_for_each_document(tiny_checkpoint, loaded):

@@ -376,6 +376,15 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert os.access(ROOT / "launch.sh", os.X_OK)
 
 
+def test_ci_fails_where_tests_would_be_skipped(tmp_path):
+    for name in ("bash", "dirname"):
+        os.symlink(str(shutil.which(name)), tmp_path / name)
+    executable(tmp_path / "java", "#!/bin/sh\n")
+    done = subprocess.run([ROOT / ".ci" / "run"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    told = "error: without mvn the tests of Flink or Prism would be skipped: install it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+
+
 def test_an_activated_environment_is_made_anew_from_the_python_it_was_made_with(checkout):
     venv = checkout.root / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
