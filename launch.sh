@@ -65,9 +65,10 @@ find_python() {
 # Of the Python of .venv, activated say, it prints the one that it was made with: .venv is about to be removed.
 resolve() {
   "$1" -c '
-import sys
+import os, sys
 assert sys.version_info >= (3, 10)
-print(sys._base_executable if sys.prefix == sys.argv[1] else sys.executable)' "$venv" 2>/dev/null
+is_ours = os.path.realpath(sys.prefix) == sys.argv[1]
+print(os.path.realpath(sys._base_executable) if is_ours else sys.executable)' "$venv" 2>/dev/null
 }
 
 # Prints the path of a uv, which is fetched into .cache where there is none; nothing outside the repository changes.

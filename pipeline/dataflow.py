@@ -56,11 +56,12 @@ def idle_gpu_warning(device: str, beam_options: Sequence[str]) -> str | None:
       device: as `dataflow_machines.device_for` returned it.
       beam_options: as `complete` returned them.
     """
-    if device != "cuda" or view(beam_options, WorkerOptions).sdk_container_image:
+    has_image = view(beam_options, WorkerOptions).sdk_container_image
+    if device != "cuda" or has_image or view(beam_options, SetupOptions).prebuild_sdk_container_engine:
         return None
     return (
-        "without --sdk_container_image each machine installs PyTorch before it encodes, minutes in which its GPU "
-        "idles: deploy/README.md says how to build an image that holds all"
+        "without --sdk_container_image each machine installs PyTorch from PyPI before it encodes, minutes in which its "
+        "GPU idles: deploy/README.md says how to build an image that holds all"
     )
 
 

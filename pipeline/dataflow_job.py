@@ -48,7 +48,6 @@ def wait(result: PipelineResult) -> str:
     Raises:
       DataflowJobError: the job on Dataflow failed or was cancelled.
       KeyboardInterrupt: somebody interrupted it.
-      OSError: what was staged cannot be removed.
     """
     if not isinstance(result, DataflowPipelineResult) or not result.has_job:
         return result.wait_until_finish()
@@ -66,7 +65,10 @@ def wait(result: PipelineResult) -> str:
             f"Dataflow job {result.job_id()} ended {result.state}: {_cause(error)}; its logs are at {console}"
         ) from error
     if state == "DONE":
-        _remove_staged(result._options.view_as(GoogleCloudOptions))
+        try:
+            _remove_staged(result._options.view_as(GoogleCloudOptions))
+        except OSError as error:  # The job is done all the same.
+            print(f"warning: what was staged for the job could not be removed: {error}", file=sys.stderr)
     return state
 
 

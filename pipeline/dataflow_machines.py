@@ -258,6 +258,11 @@ def _check_mps(given: Sequence[str], prime: bool) -> None:
         )
     if prime:
         raise ValueError(f"Dataflow Prime does not know {_MPS}: leave it out, or enable_prime")
+    if not view(given, WorkerOptions).sdk_container_image:
+        raise ValueError(
+            f"{_MPS} starts several processes on each machine, and each would install PyTorch for itself, 5 GB: give "
+            f"--sdk_container_image, an image that holds it (see deploy/README.md), or leave {_MPS} out"
+        )
 
 
 def _check_machine(gpu_type: str, machine_type: str | None, option: str) -> None:

@@ -1,6 +1,8 @@
 """Shows a job without running it: the runner's options, and which step runs on what; no input or network is asked."""
 
+import json
 import shlex
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,13 +35,17 @@ _UNKNOWN = "unknown before the run"
 _HINTS = {AcceleratorHint.urn: "accelerator", MinRamHint.urn: "min_ram_bytes"}
 
 
-def describe_job(options: EmbedOptions) -> str:
+def describe_job(options: EmbedOptions, packed: Sequence[str]) -> str:
     """Returns what a run with these options would give to its runner, as text for a person.
+
+    Args:
+      options: as they were given and completed.
+      packed: Beam's among them, with what they pack in a place where packing may leave files behind.
 
     The input, the checkpoint and the output are not looked at, so what a run learns from them is not in it: types of
     kept fields, the last snapshot, saved work.
     """
-    beam_options = PipelineOptions(list(options.beam_options))
+    beam_options = PipelineOptions(list(packed))
     beam_options.view_as(TestOptions).dry_run = True  # Dataflow's runner then submits nothing.
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, _job(options))
@@ -50,7 +56,9 @@ def describe_job(options: EmbedOptions) -> str:
         runner: Any = pipeline.runner
         pipeline.run()
         proto = runner.proto_pipeline
-        lines += ["Job for Dataflow", *_described_environment(runner), ""]
+        packages, request = _request(runner)
+        lines += ["Job for Dataflow", *_facts(runner, packages, request), ""]
+        lines += ["Environment in the request", *textwrap.indent(json.dumps(request, indent=2), "  ").split("\n"), ""]
     else:
         proto = pipeline.to_runner_api()
     lines += ["Steps", *(f"  {step}" for step in _steps(proto))]
@@ -114,8 +122,8 @@ def _job(options: EmbedOptions) -> Job:
     )
 
 
-def _described_environment(runner: DataflowRunner) -> Iterator[str]:
-    """Yields what the request to the service would say about machines and images."""
+def _request(runner: DataflowRunner) -> tuple[list[str], dict[str, Any]]:
+    """Returns the names of what is staged, and the job's environment as the service gets it, but for Beam's options."""
     # Only here, because it loads Google's client of the service.
     from apache_beam.runners.dataflow.internal.apiclient import Environment
 
@@ -123,10 +131,19 @@ def _described_environment(runner: DataflowRunner) -> Iterator[str]:
     environments = proto.components.environments.values()
     packages = sorted({_staged_name(artifact) for environment in environments for artifact in environment.dependencies})
     message = Environment(packages, job.options, "8", "pipeline.pb", proto).proto
-    request = type(message).to_dict(message, use_integers_for_enums=False)
-    pool = request["worker_pools"][0]
+    request = json.loads(
+        type(message).to_json(message, use_integers_for_enums=False, always_print_fields_with_no_presence=False)
+    )
+    del request["sdkPipelineOptions"]
+    return packages, request
+
+
+def _facts(runner: DataflowRunner, packages: Sequence[str], request: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what most people want to know of a job: its machines, their image, and what they get."""
+    job = runner.job
+    pool = request["workerPools"][0]
     google = job.google_cloud_options
-    images = sorted({image["container_image"] for image in pool["sdk_harness_container_images"]})
+    images = sorted({image["containerImage"] for image in pool["sdkHarnessContainerImages"]})
     facts: Mapping[str, object] = {
         "name": job.proto.name,
         "project": google.project,
@@ -134,10 +151,10 @@ def _described_environment(runner: DataflowRunner) -> Iterator[str]:
         "temporary files": google.temp_location,
         "container image": ", ".join(images),
         "packages": ", ".join(packages) or "none: the image holds all",
-        "machine type": pool["machine_type"] or "Dataflow's choice",
-        "disk in GB": pool["disk_size_gb"] or "Dataflow's choice",
-        "most workers": pool["autoscaling_settings"]["max_num_workers"] or "Dataflow's choice",
-        "service options": ", ".join(request["service_options"]) or "none",
+        "machine type": pool.get("machineType", "Dataflow's choice"),
+        "disk in GB": pool.get("diskSizeGb", "Dataflow's choice"),
+        "most workers": pool["autoscalingSettings"].get("maxNumWorkers", "Dataflow's choice"),
+        "service options": ", ".join(request.get("serviceOptions", [])) or "none",
         "experiments": ", ".join(request["experiments"]),
     }
     for name, value in facts.items():

@@ -85,10 +85,10 @@ def embed(options: EmbedOptions) -> int:
         warning = dataflow.idle_gpu_warning(options.device, options.beam_options)
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
-    if options.dry_run:
-        print(describe_job(options))
-        return PUBLISHED
     with packed_from_a_copy(options.beam_options) as beam_options:
+        if options.dry_run:
+            print(describe_job(options, beam_options))
+            return PUBLISHED
         return _plan_and_run(replace(options, beam_options=beam_options))
 
 

@@ -90,6 +90,8 @@ class FlinkSession:
 
     def _cancel(self) -> None:
         """Cancels the job, and waits until it runs no longer; told to, the job server alone would let it run on."""
+        if self._is_embedded:
+            return  # It ends with its job server.
         if self._master is None:
             if self._runner.result is not None:
                 self._runner.result.cancel()

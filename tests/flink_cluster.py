@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,8 +18,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "deploy" / "flink" / "cluster.sh"
 BUILD = ROOT / "deploy" / "flink" / "build-job-server.sh"
-
-_HARNESS = "apache_beam.runners.worker.sdk_worker_main"
 
 
 def why_not() -> str | None:
@@ -159,9 +158,10 @@ class Cluster:
                 continue
         return found
 
-    def workers(self) -> set[int]:
-        """Returns the ids of the processes that do the work; those of a job that was cancelled may outlive it."""
-        return {process for process, command in self.processes().items() if _HARNESS in command}
+    def encoders(self) -> list[int]:
+        """Returns the ids of the workers' processes that have loaded the encoder so far, each time they did."""
+        loaded = [re.search(r"process (\d+) has loaded", line) for line in self.log_lines("has loaded the encoder")]
+        return [int(found[1]) for found in loaded if found]
 
     def kill_task_manager(self) -> None:
         """Kills the first TaskManager."""

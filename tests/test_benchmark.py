@@ -9,6 +9,9 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.benchmark import read_texts
+from transforms.storage import create_exclusively
+
+pytest_plugins = ["gcs_emulator"]
 
 
 def test_a_second_run_is_measured_beside_the_first(tiny_checkpoint, capsys):
@@ -39,6 +42,14 @@ def test_a_column_that_is_not_there_is_named(tmp_path):
     assert read_texts(str(path), "body", 9) == ["a", "b"]
     with pytest.raises(ValueError, match=r"corpus.parquet has no column 'text': .* --text_field"):
         read_texts(str(path), "text", 4)
+
+
+def test_texts_come_from_gs_as_from_this_machine(gcs_bucket, tmp_path):
+    pq.write_table(pa.table({"body": ["a", "b"]}), tmp_path / "corpus.parquet")
+    (tmp_path / "corpus.jsonl").write_text('{"body": "c"}\n')
+    for name, texts in {"corpus.parquet": ["a", "b"], "corpus.jsonl": ["c"]}.items():
+        create_exclusively(f"{gcs_bucket}/{name}", (tmp_path / name).read_bytes())
+        assert read_texts(f"{gcs_bucket}/{name}", "body", 9) == texts
 
 
 @pytest.mark.parametrize("option", ["--limit=0", "--rounds=0", "--threads=-1", "--documents=10", "--documents=many"])

@@ -134,6 +134,7 @@ def test_a_gpu_is_for_the_encoding_step_and_used():
         (["--gpu=nvidia-l4", "--gpu_everywhere"], True),
         ([f"--dataflow_service_options=worker_accelerator={L4}"], True),
         (["--gpu=nvidia-l4", IMAGE], False),
+        (["--gpu=nvidia-l4", "--prebuild_sdk_container_engine=cloud_build"], False),
         ([], False),
     ],
 )
@@ -242,6 +243,12 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
         ([*GPU, ON_ALL], "--gpu and the service option worker_accelerator both", "leave worker_accelerator out"),
         ([*GPU, f"--experiments=worker_accelerator={L4}"], "both ask for a GPU", "give --gpu_everywhere in its place"),
         ([*EVERYWHERE, ON_ALL], "both ask for a GPU", "leave worker_accelerator out"),
+        (
+            [*HERE, f"--gpu={L4};use_nvidia_mps"],
+            "use_nvidia_mps starts several processes",
+            "give --sdk_container_image",
+        ),
+        ([*HERE, MPS], "use_nvidia_mps starts several processes", "leave use_nvidia_mps out"),
         ([*GPU, f"--resource_hint=accelerator={L4}"], "asks for a GPU for every step", "leave the hint out"),
         ([*HERE, IMAGE, ON_ALL, f"--resource_hint=accelerator={L4}"], "for every step", "leave the hint out"),
         ([*HERE, IMAGE, MPS, ONE_PROCESS], "use_nvidia_mps shares a GPU among several", "leave one of them out"),

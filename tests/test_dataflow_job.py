@@ -2,8 +2,10 @@
 
 import _thread
 import json
+import signal
 import tarfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.runners.portability.stager import Stager
 from apache_beam.utils import proto_utils
-from embed_runs import contents_of, counts_of, latest, rows_of
+from embed_runs import NOT_PUBLISHED, contents_of, counts_of, latest, rows_of
 from fake_dataflow import JOB_ID, FakeDataflow, run_staged, running_dataflow
 
 from pipeline.__main__ import main
@@ -214,6 +216,19 @@ def test_a_job_that_is_done_is_published(bucket, capsys):
     }
 
 
+def test_a_job_that_is_done_is_done_where_nothing_staged_may_be_removed(bucket, capsys, monkeypatch):
+    def refuse(google: Any) -> None:
+        raise PermissionError(f"403: {google.staging_location} is under a retention policy")
+
+    monkeypatch.setattr("pipeline.dataflow_job._remove_staged", refuse)
+    with running_dataflow(["DONE"], work=partial(work_on, bucket, "embed-corpus-")) as service:
+        options = [f"--sdk_container_image={IMAGE}", "--max_rejected_fraction=0", "--max_document_bytes=40"]
+        assert submit(bucket, *options, endpoint=service.url) == NOT_PUBLISHED
+    told = capsys.readouterr()
+    assert "warning: what was staged for the job could not be removed: 403: gs://" in told.err
+    assert "the rejected records are in gs://" in told.out
+
+
 def failure(bucket: str, capsys, service: FakeDataflow) -> str:
     assert submit(bucket, f"--sdk_container_image={IMAGE}", endpoint=service.url) == 1
     assert read_latest(f"{bucket}/output") is None
@@ -248,6 +263,15 @@ def test_a_job_cancelled_in_the_console_is_no_success(bucket, capsys):
     assert not service.cancelled
 
 
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """Shells have what runs in the background ignore it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_an_interrupt_cancels_the_job(bucket, capsys):
     with running_dataflow(["RUNNING"]) as service:
         polls = iter(range(1000))

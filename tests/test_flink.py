@@ -11,7 +11,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
@@ -354,6 +355,21 @@ def test_where_beam_cannot_fetch_its_jar_it_is_told_what_to_do(tmp_path, bin_fol
         prepared(tmp_path, cache)[0]
         == f"--flink_job_server_jar={tmp_path}/beam-runners-flink-1.19-job-server-2.77.0.jar"
     )
+
+
+def test_where_beam_can_fetch_its_jar_it_comes_into_its_cache(tmp_path, bin_folder, monkeypatch):
+    name = "beam-runners-flink-1.19-job-server-2.77.0.jar"
+    (tmp_path / "maven").mkdir()
+    (tmp_path / "maven" / name).write_bytes(b"the jar")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "maven")
+    with ThreadingHTTPServer(("localhost", 0), handler) as maven:
+        threading.Thread(target=maven.serve_forever, daemon=True).start()
+        url = f"http://localhost:{maven.server_port}/{name}"
+        monkeypatch.setattr(JavaJarJobServer, "path_to_beam_jar", lambda *_: url)
+        cache = tmp_path / "cache"
+        assert prepared(tmp_path, f"--jar_cache_dir={cache}")[0] == f"--flink_job_server_jar={cache / name}"
+        maven.shutdown()
+    assert (cache / name).read_bytes() == b"the jar"
 
 
 def test_the_command_tells_it_in_one_line_and_leaves_nothing(tmp_path, capfd):

@@ -51,27 +51,41 @@ def test_cuda_is_refused_where_there_is_none(machine):
         resolve_device("cuda")
 
 
-_FIND_DRIVER = """
+DRIVER = ("libmade-for-a-test-1.so.1", "libmade-for-a-test-2.so.1")  # Names that no machine has, be there a GPU or not.
+
+FIND_DRIVER = f"""
 import ctypes, sys
 from pathlib import Path
-from transforms.hardware import load_mounted_driver
+from transforms import hardware
 
-load_mounted_driver(Path(sys.argv[1]))
-print(ctypes.CDLL("libcuda.so.1").made_for_a_test(), ctypes.CDLL("libnvidia-ml.so.1").made_for_a_test())
+hardware._DRIVER_LIBRARIES = {DRIVER}
+hardware.load_mounted_driver(Path(sys.argv[1]))
+print(*(ctypes.CDLL(name).made_for_a_test() for name in {DRIVER}))
 """
 
 
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="drivers are mounted in containers, and these are Linux"
+)
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed, which makes a driver for this test")
 def test_a_driver_that_is_mounted_where_nobody_looks_is_found_by_its_name(tmp_path):
     source = tmp_path / "driver.c"
     source.write_text("int made_for_a_test(void) { return 7; }\n")
-    for name in hardware._DRIVER_LIBRARIES:
+    for name in DRIVER:
         subprocess.run(["gcc", "-shared", f"-Wl,-soname,{name}", "-o", tmp_path / name, source], check=True)
     # Loaded libraries are known to the whole process.
     done = subprocess.run(
-        [sys.executable, "-c", _FIND_DRIVER, tmp_path], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", FIND_DRIVER, tmp_path], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.stdout == "7 7\n", done.stderr
+
+
+def test_a_mounted_driver_that_cannot_be_loaded_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "_DRIVER_LIBRARIES", DRIVER)
+    hardware.load_mounted_driver(tmp_path)
+    (tmp_path / DRIVER[0]).write_text("not a library")
+    with pytest.raises(hardware.DeviceError, match=r"NVIDIA's driver .*/libmade-for-a-test-1.so.1 cannot be loaded \("):
+        hardware.load_mounted_driver(tmp_path)
 
 
 def test_the_mounted_driver_is_loaded_unless_the_cpu_is_asked_for(machine, monkeypatch):

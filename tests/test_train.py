@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_tiny_encoder
+from embed_runs import contents_of
 
 from pipeline import train
 from pipeline.__main__ import main
@@ -420,14 +421,16 @@ def test_a_head_is_trained_and_scored_from_gs_to_gs(gcs_bucket, tmp_path, capsys
     sentences = "\n".join(made_texts(40)).encode()
     rows = [{"split": "dev", "score": n, "sentence1": f"read {n}", "sentence2": f"write {n % 3}"} for n in range(6)]
     sts = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    files = {"texts.txt": sentences, "sts.jsonl": sts}
+    files |= {f"bert/{name}": data for name, data in contents_of(Path(tiny_checkpoint, "bert")).items()}
     scores, heads = [], []
     for place in (gcs_bucket, str(tmp_path)):
-        given = {"sentences": "texts.txt", "sts": "sts.jsonl"}
-        for name, data in (("texts.txt", sentences), ("sts.jsonl", sts)):
+        given = {"sentences": "texts.txt", "sts": "sts.jsonl", "bert": "bert"}
+        for name, data in files.items():
+            Path(tmp_path, name).parent.mkdir(exist_ok=True)
             upload(place, name, data)
         options = [f"--{option}={place}/{name}" for option, name in given.items()]
         options += [
-            f"--bert={tiny_checkpoint}/bert",
             "--window_tokens=48",
             "--epochs=1",
             "--sentences_per_batch=8",
@@ -440,7 +443,9 @@ def test_a_head_is_trained_and_scored_from_gs_to_gs(gcs_bucket, tmp_path, capsys
         assert main(["evaluate", f"--checkpoint={output}", options[1], "--device=cpu", "--dtype=float32"]) == 0
         scores.append(capsys.readouterr().out.partition(": ")[2])
         heads.append({name: open_for_reading(f"{output}/{name}").read() for name in list_files(output)})
-    assert heads[0].keys() == heads[1].keys() >= {"config.json", "lstm.safetensors"}
+    # A BERT of this machine goes along with its head; one on gs:// is named.
+    assert heads[0].keys() == {"config.json", "lstm.safetensors"} == heads[1].keys() - set(files)
+    assert json.loads(heads[0]["config.json"])["bert"] == f"{gcs_bucket}/bert"
     assert heads[0]["lstm.safetensors"] == heads[1]["lstm.safetensors"]
     assert scores[0] == scores[1]
 

@@ -44,7 +44,7 @@ def resolve_device(device: str) -> torch.device:
 
     Raises:
       ValueError: it is none of these.
-      DeviceError: cuda was asked for and there is none.
+      DeviceError: cuda was asked for and there is none, or a driver cannot be loaded.
     """
     if device not in DEVICES:
         raise ValueError(f"device {device!r} is none of {', '.join(DEVICES)}")
@@ -54,7 +54,8 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not available:
         raise DeviceError(
             f"device cuda was asked for, but {platform.node()} has no usable GPU (PyTorch {torch.__version__}, CUDA "
-            f"{torch.version.cuda}): install its driver, use a machine with one, or ask for --device cpu"
+            f"{torch.version.cuda}): install a driver of that CUDA, use a machine with a GPU, or ask for --device "
+            "cpu"
         )
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
@@ -65,14 +66,25 @@ def load_mounted_driver(folder: Path) -> None:
     Does nothing where the loader finds it without help, or where the folder does not hold it.
 
     Raises:
-      OSError: a library of it cannot be loaded.
+      DeviceError: a library of it cannot be loaded.
     """
-    for name in _DRIVER_LIBRARIES:
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            if (folder / name).is_file():
-                ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+    for path in (folder / name for name in _DRIVER_LIBRARIES if not _is_loadable(name)):
+        if path.is_file():
+            try:
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            except OSError as error:
+                raise DeviceError(
+                    f"NVIDIA's driver {path} cannot be loaded ({error}): mend it, or ask for --device cpu"
+                ) from error
+
+
+def _is_loadable(library: str) -> bool:
+    """Returns whether the loader finds a library; it is loaded then."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def cpu_flags() -> set[str]:

@@ -20,7 +20,7 @@ Needs Linux, Java, Maven, Go, and the environment that ./launch.sh sets up. Then
 
 Settings come from the environment: FLINK_REST_PORT (8081), FLINK_RPC_PORT (6123), FLINK_POOL_PORT (50000),
 FLINK_TASK_MANAGERS (2), FLINK_SLOTS (2, of each), FLINK_TASK_MANAGER_MEMORY (2048m, and 256m for each slot above two),
-FLINK_PROPERTIES (lines for Flink's config.yaml, as Flink's own image takes them), FLINK_CLUSTER (the folder of the
+FLINK_PROPERTIES (lines for Flink's config.yaml, which replace those of this script), FLINK_CLUSTER (the folder of the
 cluster's logs), FLINK_CACHE (the folder of what is fetched), PYTHON.
 END
 }
@@ -245,8 +245,13 @@ classloader.resolve-order: parent-first
 # A TaskManager that is gone is missed sooner than after 50 seconds.
 heartbeat.interval: 2000
 heartbeat.timeout: 20000
-${FLINK_PROPERTIES:-}
 END
+  local line
+  while read -r line; do # Flink does not take a setting twice.
+    [[ $line =~ ^[a-z] ]] || continue
+    sed -i "/^${line%%:*}:/d" "$FLINK_CONF_DIR/config.yaml"
+    printf '%s\n' "$line" >>"$FLINK_CONF_DIR/config.yaml"
+  done <<<"${FLINK_PROPERTIES:-}"
 }
 
 write_worker_starter() {
