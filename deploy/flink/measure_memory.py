@@ -1,6 +1,6 @@
-"""Measures the memory of an embedded Flink, or of the local runner, for corpora of growing size; not part of the tests.
+"""Measures the memory of a runner on this machine, an embedded Flink say, for growing corpora; not part of the tests.
 
-  .venv/bin/python deploy/flink/measure_memory.py [--runner {flink,local}] [--heap 2g] [SIZE ...]
+  .venv/bin/python deploy/flink/measure_memory.py [--runner {flink,prism,local}] [--heap 2g] [SIZE ...]
 
 Each size is a number of short documents, half of them with a text that another one has too. They are embedded with a
 tiny encoder of random weights: what is measured is the job, not the model. Memory that does not grow with the corpus
@@ -24,6 +24,9 @@ from conftest import WORDS, make_tiny_encoder  # noqa: E402 - found only now.
 
 _SIZES = (100_000, 300_000, 1_000_000)
 _LOOK_SECONDS = 0.5
+
+_ENGINES = ("java", "prism")
+"""Processes that hold what passes between steps; the local runner has none of its own."""
 
 
 def write_corpus(path: Path, size: int) -> None:
@@ -54,7 +57,7 @@ def memory_mb(process_id: int) -> dict[str, int]:
     for one in descendants(process_id):
         status = dict(line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text().splitlines())
         kilobytes = int(status.get("RssAnon", "0 kB").split()[0])
-        name = "java" if status["Name"].strip() == "java" else "python"
+        name = "engine" if status["Name"].strip() in _ENGINES else "python"
         found[name] = max(found.get(name, 0), kilobytes // 1024)
     return found
 
@@ -83,10 +86,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", type=int, default=_SIZES, metavar="SIZE", help="numbers of documents")
     parser.add_argument("--heap", default="2g", help="of Java, -Xmx; default %(default)s")
-    parser.add_argument("--runner", choices=("flink", "local"), default="flink", help="default %(default)s")
+    parser.add_argument("--runner", choices=("flink", "prism", "local"), default="flink", help="default %(default)s")
     arguments = parser.parse_args()
     options = [f"--job_server_jvm_properties=-Xmx{arguments.heap}"] if arguments.runner == "flink" else []
-    print(f"{'runner':8}{'documents':>12}{'corpus MB':>12}{'seconds':>10}{'Java MB':>10}{'Python MB':>12}", flush=True)
+    print("runner     documents   corpus MB   seconds Engine MB   Python MB", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "tiny"
         make_tiny_encoder().save_pretrained(checkpoint)
@@ -96,7 +99,7 @@ def main() -> None:
             seconds, peaks = measure([arguments.runner, *options], corpus, checkpoint, Path(folder) / f"out-{size}")
             megabytes = corpus.stat().st_size / 1e6
             print(
-                f"{arguments.runner:8}{size:12,}{megabytes:12,.0f}{seconds:10,.0f}{peaks.get('java', 0):10,}"
+                f"{arguments.runner:8}{size:12,}{megabytes:12,.0f}{seconds:10,.0f}{peaks.get('engine', 0):10,}"
                 f"{peaks['python']:12,}",
                 flush=True,
             )
