@@ -242,6 +242,19 @@ def test_an_embedded_flink_needs_no_cluster(tmp_path, tiny, small):
     assert_equal(local, run("flink", [f"--flink_job_server_jar={job_server_jar()}"], tmp_path / "out", part, *tiny))
 
 
+def test_ctrl_c_ends_an_embedded_flink_and_keeps_the_work(tmp_path, tiny):
+    output, corpus = tmp_path / "out", write_corpus(tmp_path / "corpus.jsonl", LONG[:4000])
+    submitter = submit([f"--input={corpus}", f"--output={output}", *SLOW, *tiny])
+    wait_until("work is saved", lambda: any("/vectors-" in name for name in list_files(str(output))), 240)
+    submitter.send_signal(signal.SIGINT)
+    _, said = submitter.communicate(timeout=240)
+    assert submitter.returncode == 130, said
+    assert said.splitlines()[-1] == "interrupted: what was encoded so far is kept, and the next run takes it up"
+    assert "job server was asked" not in said
+    assert read_latest(str(output)) is None
+    wait_until("its job server has ended", lambda: not _job_servers(submitter.pid), 30)
+
+
 def test_beams_own_pool_by_the_script_of_the_manifest_starts_workers_that_read_and_write_gs(
     cluster, tmp_path, gcs_bucket, tiny_checkpoint, small, monkeypatch
 ):
