@@ -67,7 +67,7 @@ resolve() {
   "$1" -c '
 import os, sys
 assert sys.version_info >= (3, 10)
-is_ours = os.path.realpath(sys.prefix) == sys.argv[1]
+is_ours = os.path.realpath(sys.prefix) == os.path.realpath(sys.argv[1])
 print(os.path.realpath(sys._base_executable) if is_ours else sys.executable)' "$venv" 2>/dev/null
 }
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from apache_beam.options.pipeline_options import GoogleCloudOptions, SetupOptions, WorkerOptions
 
-from pipeline.dataflow_machines import accelerator, check_machines, machine_for, pool_accelerator, process_options, view
+from pipeline.dataflow_machines import (
+    accelerator,
+    check_machines,
+    has_image,
+    machine_for,
+    pool_accelerator,
+    process_options,
+    view,
+)
 from pipeline.runners import beam_name
 from transforms.checkpoint import is_shipped
 
@@ -56,8 +64,7 @@ def idle_gpu_warning(device: str, beam_options: Sequence[str]) -> str | None:
       device: as `dataflow_machines.device_for` returned it.
       beam_options: as `complete` returned them.
     """
-    has_image = view(beam_options, WorkerOptions).sdk_container_image
-    if device != "cuda" or has_image or view(beam_options, SetupOptions).prebuild_sdk_container_engine:
+    if device != "cuda" or has_image(beam_options):
         return None
     return (
         "without --sdk_container_image each machine installs PyTorch from PyPI before it encodes, minutes in which its "

@@ -9,6 +9,7 @@ from apache_beam.options.pipeline_options import (
     DebugOptions,
     GoogleCloudOptions,
     PipelineOptions,
+    SetupOptions,
     StandardOptions,
     WorkerOptions,
 )
@@ -149,10 +150,10 @@ def check_machines(given: Sequence[str], asked: Accelerator | None, gpu_everywhe
             "--gpu and the service option worker_accelerator both ask for a GPU, the one for the encoding step, the "
             "other for all machines: leave worker_accelerator out, or give --gpu_everywhere in its place"
         )
-    if "accelerator" in hints and (asked is not None or pool):
+    if "accelerator" in hints:
         raise ValueError(
-            f"--resource_hint=accelerator asks for a GPU for every step, and {'--gpu' if asked else pool[0]} for "
-            "another layout: leave the hint out"
+            "--resource_hint=accelerator asks for a GPU for every step, the small ones too: leave the hint out, and "
+            "give --gpu for the encoding step alone, with --gpu_everywhere for all machines"
         )
     if prime and (pool or gpu_everywhere):
         raise ValueError(
@@ -218,6 +219,12 @@ def view(beam_options: Sequence[str], options_class):
     return PipelineOptions(list(beam_options)).view_as(options_class)
 
 
+def has_image(beam_options: Sequence[str]) -> bool:
+    """Returns whether the workers' image is named, or one with PyTorch in it is built by Beam before the job starts."""
+    engine = view(beam_options, SetupOptions).prebuild_sdk_container_engine
+    return bool(view(beam_options, WorkerOptions).sdk_container_image or engine)
+
+
 def _service_options(beam_options: Sequence[str]) -> list[str]:
     """Returns the options of the service; experiments can say the same, and once were the way to."""
     service = view(beam_options, GoogleCloudOptions).dataflow_service_options or []
@@ -258,7 +265,7 @@ def _check_mps(given: Sequence[str], prime: bool) -> None:
         )
     if prime:
         raise ValueError(f"Dataflow Prime does not know {_MPS}: leave it out, or enable_prime")
-    if not view(given, WorkerOptions).sdk_container_image:
+    if not has_image(given):
         raise ValueError(
             f"{_MPS} starts several processes on each machine, and each would install PyTorch for itself, 5 GB: give "
             f"--sdk_container_image, an image that holds it (see deploy/README.md), or leave {_MPS} out"

@@ -9,7 +9,7 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.options.pipeline_options import PipelineOptions, TestOptions
+from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions, TestOptions
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow.dataflow_runner import DataflowRunner
@@ -47,6 +47,7 @@ def describe_job(options: EmbedOptions, packed: Sequence[str]) -> str:
     """
     beam_options = PipelineOptions(list(packed))
     beam_options.view_as(TestOptions).dry_run = True  # Dataflow's runner then submits nothing.
+    beam_options.view_as(SetupOptions).prebuild_sdk_container_engine = None  # It would build the image all the same.
     pipeline = beam.Pipeline(options=beam_options)
     build(pipeline, _job(options))
     lines = ["Options of Beam", *(f"  {option}" for option in _paired(options.beam_options)), ""]

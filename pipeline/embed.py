@@ -77,7 +77,7 @@ def embed(options: EmbedOptions) -> int:
       ValueError: an option does not fit the input, or the checkpoint is damaged.
       OSError: an input, a checkpoint or the output cannot be read or written.
       SnapshotError: the last snapshot is damaged, or another run published first.
-      DeviceError: cuda was asked for and there is none.
+      DeviceError: cuda was asked for and there is none, or a driver cannot be loaded.
       JobError: the pipeline failed.
       KeyboardInterrupt: somebody interrupted it.
     """

@@ -173,11 +173,12 @@ def test_a_gpu_everywhere_is_a_service_option_and_a_machine(gpu, given, machine_
 def test_mps_gets_the_processes_it_is_for():
     mps = f"{L4};use_nvidia_mps"
     for argv in (
-        [f"--gpu={mps}", "--gpu_everywhere"],
-        [f"--gpu={mps}"],
-        [f"--dataflow_service_options=worker_accelerator={mps}"],
+        [IMAGE, f"--gpu={mps}", "--gpu_everywhere"],
+        [IMAGE, f"--gpu={mps}"],
+        [IMAGE, f"--dataflow_service_options=worker_accelerator={mps}"],
+        ["--prebuild_sdk_container_engine=cloud_build", f"--gpu={mps}"],
     ):
-        options = parse([*HERE, IMAGE, *argv])
+        options = parse([*HERE, *argv])
         assert not [option for option in options.beam_options if "no_use_multiple_sdk_containers" in option]
 
 
@@ -251,6 +252,7 @@ MPS = f"--dataflow_service_options=worker_accelerator={L4};use_nvidia_mps"
         ([*HERE, MPS], "use_nvidia_mps starts several processes", "leave use_nvidia_mps out"),
         ([*GPU, f"--resource_hint=accelerator={L4}"], "asks for a GPU for every step", "leave the hint out"),
         ([*HERE, IMAGE, ON_ALL, f"--resource_hint=accelerator={L4}"], "for every step", "leave the hint out"),
+        ([*HERE, IMAGE, f"--resource_hint=accelerator={L4}"], "for every step", "give --gpu for the encoding step"),
         ([*HERE, IMAGE, MPS, ONE_PROCESS], "use_nvidia_mps shares a GPU among several", "leave one of them out"),
         ([*HERE, IMAGE, f"--gpu={L4};use_nvidia_mps", ONE_PROCESS], "starts only one", "leave one of them out"),
         (

@@ -99,6 +99,12 @@ def test_a_job_with_a_gpu_needs_no_image_and_is_not_packed_in_the_checkout(offli
     assert capsys.readouterr().err == ""
 
 
+def test_an_image_that_beam_would_build_is_not_built(offline, capsys):
+    argv = ["--project=project-1", "--region=us-central1", "--bucket=bucket-1"]
+    engine = "--prebuild_sdk_container_engine=cloud_build"
+    assert f"  {engine}" in shown(capsys, "dataflow", *argv, engine)["Options of Beam"]
+
+
 def test_a_job_on_this_machine(offline, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts = shown(capsys, "local", "--input=nowhere/*.txt", "--keep_fields=year:int16,lang")

@@ -372,6 +372,15 @@ def test_where_beam_can_fetch_its_jar_it_comes_into_its_cache(tmp_path, bin_fold
     assert (cache / name).read_bytes() == b"the jar"
 
 
+@pytest.mark.parametrize("line", ["restart-strategy:\n  type: none", '"a.b": c', "a/b: c", "a.b:c", "# a: b"])
+def test_properties_that_are_no_flat_settings_are_refused(line):
+    environment = os.environ | {"FLINK_PROPERTIES": line}
+    done = subprocess.run([SCRIPT, "status"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: FLINK_PROPERTIES has the line '")
+    assert "write KEY: VALUE, a line for each" in done.stderr
+
+
 def test_the_command_tells_it_in_one_line_and_leaves_nothing(tmp_path, capfd):
     (port,) = free_ports(1)
     output = tmp_path / "out"

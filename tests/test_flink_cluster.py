@@ -158,6 +158,16 @@ def assert_equal(one: Snapshot, other: Snapshot, *but: str) -> None:
     assert np.sum(vectors_of(table) * vectors_of(other_table), axis=1).min() > 0.99999
 
 
+def wait_for_work(submitter: subprocess.Popen[str], output: Path) -> None:
+    """Returns once a run, the first one of an output, has saved work; fails where it ends."""
+
+    def has_saved() -> bool:
+        return any("/vectors-" in name for name in list_files(str(output)))
+
+    wait_until("work is saved, or the run ends", lambda: has_saved() or submitter.poll() is not None, 240)
+    assert submitter.poll() is None, submitter.communicate()
+
+
 def assert_nothing_but_snapshots(output: Path | str) -> None:
     assert {name.partition("/")[0].partition("=")[0] for name in list_files(str(output))} == {"LATEST", "snapshot"}
 
@@ -244,8 +254,9 @@ def test_an_embedded_flink_needs_no_cluster(tmp_path, tiny, small):
 
 def test_ctrl_c_ends_an_embedded_flink_and_keeps_the_work(tmp_path, tiny):
     output, corpus = tmp_path / "out", write_corpus(tmp_path / "corpus.jsonl", LONG[:4000])
-    submitter = submit([f"--input={corpus}", f"--output={output}", *SLOW, *tiny])
-    wait_until("work is saved", lambda: any("/vectors-" in name for name in list_files(str(output))), 240)
+    jar = f"--flink_job_server_jar={job_server_jar()}"
+    submitter = submit([jar, f"--input={corpus}", f"--output={output}", *SLOW, *tiny])
+    wait_for_work(submitter, output)
     submitter.send_signal(signal.SIGINT)
     _, said = submitter.communicate(timeout=240)
     assert submitter.returncode == 130, said
@@ -403,12 +414,12 @@ def test_with_the_restart_strategy_of_the_manifest_a_job_outlives_a_task_manager
     properties = re.findall(r"^    (restart-strategy\..+: .+)\n", MANIFEST.read_text(), re.MULTILINE)
     assert [line.partition(": ")[2] for line in properties] == ["fixed-delay", '"3"', "30s"]
     properties[-1] = properties[-1].replace("30s", "5s")  # Here no machine has to be found first.
-    cluster = Cluster(tmp_path / "cluster", "\n".join([*properties, "heartbeat.timeout: 10000"]))
+    cluster = Cluster(tmp_path / "cluster", "\n".join(properties))
     output, corpus = tmp_path / "out", write_corpus(tmp_path / "corpus.jsonl", LONG[:3000])
     try:
         cluster.up()
         submitter = submit([*cluster.staged, f"--input={corpus}", f"--output={output}", *SLOW, *tiny])
-        wait_until("work is saved", lambda: any("/vectors-" in name for name in list_files(str(output))), 240)
+        wait_for_work(submitter, output)
         cluster.kill_task_manager()
         cluster.up()
         _, said = submitter.communicate(timeout=400)

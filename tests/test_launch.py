@@ -385,12 +385,15 @@ def test_ci_fails_where_tests_would_be_skipped(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 
-def test_an_activated_environment_is_made_anew_from_the_python_it_was_made_with(checkout):
+@pytest.mark.parametrize("is_link", [False, True])
+def test_an_activated_environment_is_made_anew_from_the_python_it_was_made_with(checkout, tmp_path, is_link):
     venv = checkout.root / ".venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "real" if is_link else venv], check=True)
+    if is_link:
+        venv.symlink_to(tmp_path / "real")
     done = checkout.call("local", PATH=f"{venv}/bin:{checkout.bin}")
     assert done.returncode == 7, done.stderr
     (call,) = [line for line in checkout.uv_calls() if line.startswith("venv ")]
     made_with = call.partition(" --python ")[2].removesuffix(f" {venv}")
     assert Path(made_with).exists()
-    assert venv not in Path(made_with).parents
+    assert not {venv, tmp_path / "real"} & set(Path(made_with).parents)

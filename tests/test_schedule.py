@@ -534,7 +534,10 @@ def test_gcloud_itself_asks_for_the_same_job(tmp_path, capsys):
     (tmp_path / "token").write_text("nobody's")
     with ThreadingHTTPServer(("localhost", 0), Service) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = os.environ | {
+        own = {
+            name: value for name, value in os.environ.items() if name[:9] != "CLOUDSDK_" or name == "CLOUDSDK_PYTHON"
+        }
+        environment = own | {
             "CLOUDSDK_CONFIG": str(tmp_path / "config"),
             "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(tmp_path / "token"),
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDSCHEDULER": f"http://localhost:{server.server_port}/",

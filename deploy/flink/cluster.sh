@@ -20,8 +20,8 @@ Needs Linux, Java, Maven, Go, and the environment that ./launch.sh sets up. Then
 
 Settings come from the environment: FLINK_REST_PORT (8081), FLINK_RPC_PORT (6123), FLINK_POOL_PORT (50000),
 FLINK_TASK_MANAGERS (2), FLINK_SLOTS (2, of each), FLINK_TASK_MANAGER_MEMORY (2048m, and 256m for each slot above two),
-FLINK_PROPERTIES (lines for Flink's config.yaml, which replace those of this script), FLINK_CLUSTER (the folder of the
-cluster's logs), FLINK_CACHE (the folder of what is fetched), PYTHON.
+FLINK_PROPERTIES (lines KEY: VALUE for Flink's config.yaml, which replace those of this script), FLINK_CLUSTER (the folder
+of the cluster's logs), FLINK_CACHE (the folder of what is fetched), PYTHON.
 END
 }
 
@@ -48,6 +48,10 @@ esac
 for setting in FLINK_REST_PORT FLINK_RPC_PORT FLINK_POOL_PORT FLINK_TASK_MANAGERS FLINK_SLOTS; do
   [[ ${!setting:-1} =~ ^[1-9][0-9]{0,4}$ ]] || fail "$setting=${!setting} is no whole number from 1"
 done
+while IFS= read -r line; do
+  [[ -z $line || $line =~ ^[a-z][a-z0-9.-]*:\ . ]] ||
+    fail "FLINK_PROPERTIES has the line '$line': write KEY: VALUE, a line for each, and dots in keys instead of indents"
+done <<<"${FLINK_PROPERTIES:-}"
 [[ ${FLINK_TASK_MANAGER_MEMORY:-2g} =~ ^[1-9][0-9]*[kmg]$ ]] ||
   fail "FLINK_TASK_MANAGER_MEMORY=$FLINK_TASK_MANAGER_MEMORY is no amount of memory: write 4g or 3072m"
 
@@ -247,8 +251,8 @@ heartbeat.interval: 2000
 heartbeat.timeout: 20000
 END
   local line
-  while read -r line; do # Flink does not take a setting twice.
-    [[ $line =~ ^[a-z] ]] || continue
+  while IFS= read -r line; do # Flink does not take a setting twice.
+    [[ -n $line ]] || continue
     sed -i "/^${line%%:*}:/d" "$FLINK_CONF_DIR/config.yaml"
     printf '%s\n' "$line" >>"$FLINK_CONF_DIR/config.yaml"
   done <<<"${FLINK_PROPERTIES:-}"

@@ -9,6 +9,7 @@ is on disk, not in these processes. Needs Linux.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -26,7 +27,7 @@ _SIZES = (100_000, 300_000, 1_000_000)
 _LOOK_SECONDS = 0.5
 
 _ENGINES = ("java", "prism")
-"""Processes that hold what passes between steps; the local runner has none of its own."""
+"""In the names of programs that hold what passes between steps; the local runner has none of its own."""
 
 
 def write_corpus(path: Path, size: int) -> None:
@@ -57,7 +58,8 @@ def memory_mb(process_id: int) -> dict[str, int]:
     for one in descendants(process_id):
         status = dict(line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text().splitlines())
         kilobytes = int(status.get("RssAnon", "0 kB").split()[0])
-        name = "engine" if status["Name"].strip() in _ENGINES else "python"
+        program = Path(os.readlink(f"/proc/{one}/exe")).name
+        name = "engine" if any(engine in program for engine in _ENGINES) else "python"
         found[name] = max(found.get(name, 0), kilobytes // 1024)
     return found
 
