@@ -64,6 +64,9 @@ _REMEDIES = {
 }
 """What to do about errors of Flink's that do not say it."""
 
+_HUNG_UP = re.compile(r"RPC that terminated with:\s*status = StatusCode\.([A-Z_]+)")
+"""How an error reads where the process of a runner, Prism or a job server, is gone."""
+
 _JAVA = re.compile(r"^(java|javax|org\.apache)\.[\w.$]+: ")
 """How an error starts that came from a runner in Java: it is raised as well."""
 
@@ -81,6 +84,8 @@ def root_cause(error: BaseException) -> str:
         text = "".join(traceback.format_exception_only(error)).strip()
     step = _STEP.search(text)
     text = _STEP.sub("", text)
+    if hung_up := _HUNG_UP.search(text):
+        return f"the runner's own process no longer answers ({hung_up[1]}): it was killed, or ran out of memory, say"
     if _OWN_TYPE.match(text):
         return _OWN_TYPE.sub("", text)
     text = _REPEATED_TYPE.sub(r"\1", _STATE.sub("", _MERE_TYPE.sub("", text)))

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transforms.storage import list_files
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "deploy" / "flink" / "cluster.sh"
 BUILD = ROOT / "deploy" / "flink" / "build-job-server.sh"
@@ -60,6 +62,16 @@ def wait_until(what: str, condition: Callable[[], Any], seconds: float = 120) ->
             return found
         time.sleep(0.2)
     raise AssertionError(f"{what}: not within {seconds} seconds")
+
+
+def wait_for_work(submitter: subprocess.Popen[str], output: Path) -> None:
+    """Returns once a run, the first one of an output, has saved work; fails where it ends."""
+
+    def has_saved() -> bool:
+        return any("/vectors-" in name for name in list_files(str(output)))
+
+    wait_until("work is saved, or the run ends", lambda: has_saved() or submitter.poll() is not None, 240)
+    assert submitter.poll() is None, submitter.communicate()
 
 
 class Cluster:

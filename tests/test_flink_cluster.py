@@ -19,7 +19,7 @@ import pytest
 import torch
 from apache_beam.version import __version__ as beam_version
 from embed_runs import PUBLISHED, contents_of, latest
-from flink_cluster import ROOT, Cluster, answers, free_ports, job_server_jar, submit, wait_until, why_not
+from flink_cluster import ROOT, Cluster, answers, free_ports, job_server_jar, submit, wait_for_work, wait_until, why_not
 
 from pipeline.__main__ import main
 from pipeline.sample import write_sample
@@ -156,16 +156,6 @@ def assert_equal(one: Snapshot, other: Snapshot, *but: str) -> None:
     table, other_table = sorted_table(one), sorted_table(other)
     assert table.drop_columns("embedding").equals(other_table.drop_columns("embedding"))
     assert np.sum(vectors_of(table) * vectors_of(other_table), axis=1).min() > 0.99999
-
-
-def wait_for_work(submitter: subprocess.Popen[str], output: Path) -> None:
-    """Returns once a run, the first one of an output, has saved work; fails where it ends."""
-
-    def has_saved() -> bool:
-        return any("/vectors-" in name for name in list_files(str(output)))
-
-    wait_until("work is saved, or the run ends", lambda: has_saved() or submitter.poll() is not None, 240)
-    assert submitter.poll() is None, submitter.communicate()
 
 
 def assert_nothing_but_snapshots(output: Path | str) -> None:

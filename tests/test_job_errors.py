@@ -49,6 +49,16 @@ def test_an_error_in_a_step_is_told_without_its_traceback(raised, told, capfd, c
     assert caplog.records == []
 
 
+def test_a_runner_whose_process_is_gone_is_told_in_a_line():
+    said = (
+        "<_MultiThreadedRendezvous of RPC that terminated with:\n\tstatus = StatusCode.UNAVAILABLE\n"
+        '\tdetails = "Stream removed (Socket closed)"\n>'
+    )
+    assert root_cause(RuntimeError(said)) == (
+        "the runner's own process no longer answers (UNAVAILABLE): it was killed, or ran out of memory, say"
+    )
+
+
 def test_an_error_outside_of_any_step_is_told_as_it_is():
     assert root_cause(OSError("no route to host")) == "OSError: no route to host"
     assert root_cause(RuntimeError("the job server is gone")) == "the job server is gone"

@@ -6,12 +6,17 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from embed_runs import PUBLISHED, contents_of, counts_of, embed, latest, rows_of
+from flink_cluster import ROOT, wait_for_work
 
 from pipeline.__main__ import main
 from pipeline.runners import PRISM, PRISM_PACKAGE
@@ -148,3 +153,42 @@ def test_a_step_that_fails_on_prism_is_told_and_the_next_run_publishes(
 
     assert run("--runner=prism", *corpora[False], output=tmp_path) == PUBLISHED
     assert rows_of(latest(tmp_path)).keys() == rows_of(local[1][0]).keys()
+
+
+def child_that_runs(program: Path, process_id: int) -> int | None:
+    """Returns the id of a process's child that runs a program; None where none does."""
+    for thread in Path(f"/proc/{process_id}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            with suppress(FileNotFoundError, PermissionError):  # It has just ended.
+                if os.readlink(f"/proc/{child}/exe") == str(program.resolve()):
+                    return int(child)
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_a_prism_that_is_killed_is_told_and_the_next_run_takes_up_the_work(prism, tmp_path, tiny_checkpoint):
+    output, corpus = tmp_path / "out", tmp_path / "corpus.jsonl"
+    texts = [f"read the file of number {number} " * 10 for number in range(5000)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = [f"--input={corpus}", f"--checkpoint={tiny_checkpoint}", "--device=cpu", "--dtype=float32"]
+    # Each text in a batch of its own takes its time.
+    slow = [sys.executable, "-m", "pipeline", "prism", *options, f"--output={output}", "--max_batch_tokens=24"]
+    with subprocess.Popen(slow, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as submitter:
+        try:
+            wait_for_work(submitter, output)
+            engine = child_that_runs(PRISM, submitter.pid)
+            assert engine is not None
+            os.kill(engine, signal.SIGKILL)
+            _, said = submitter.communicate(timeout=240)
+        finally:
+            submitter.kill()
+    assert submitter.returncode == 1, said
+    [told] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert told.startswith("error: the runner's own process no longer answers (")
+    assert told.endswith("): it was killed, or ran out of memory, say")
+    assert not list_published(str(output))
+
+    assert run("--runner=prism", *options, output=output) == PUBLISHED
+    counts = counts_of(latest(output))
+    assert (counts["read"], counts["embedded"] + counts["recovered"]) == (5000, 5000)
+    assert counts["recovered"] > 0
