@@ -64,7 +64,7 @@ _REMEDIES = {
 }
 """What to do about errors of Flink's that do not say it."""
 
-_HUNG_UP = re.compile(r"RPC that terminated with:\s*status = StatusCode\.([A-Z_]+)")
+_HUNG_UP = re.compile(r'RPC that terminated with:\s*status = StatusCode\.\w+\s*details = "(Stream removed [^"]*)"')
 """How an error reads where the process of a runner, Prism or a job server, is gone."""
 
 _JAVA = re.compile(r"^(java|javax|org\.apache)\.[\w.$]+: ")
@@ -84,14 +84,14 @@ def root_cause(error: BaseException) -> str:
         text = "".join(traceback.format_exception_only(error)).strip()
     step = _STEP.search(text)
     text = _STEP.sub("", text)
-    if hung_up := _HUNG_UP.search(text):
-        return f"the runner's own process no longer answers ({hung_up[1]}): it was killed, or ran out of memory, say"
     if _OWN_TYPE.match(text):
         return _OWN_TYPE.sub("", text)
     text = _REPEATED_TYPE.sub(r"\1", _STATE.sub("", _MERE_TYPE.sub("", text)))
     for words, remedy in _REMEDIES.items():
         if words in text:
             return f"{text} ({remedy})"
+    if step is None and (hung_up := _HUNG_UP.search(text)):
+        return f"the runner's own process no longer answers ({hung_up[1]}): it was killed, or ran out of memory, say"
     if _NO_PRISM in text:
         return f"{text}: {_PRISM_REMEDY}"
     return f"{text} (in step {step[1]}; --traceback before the command shows where in the code)" if step else text

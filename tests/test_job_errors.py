@@ -49,14 +49,25 @@ def test_an_error_in_a_step_is_told_without_its_traceback(raised, told, capfd, c
     assert caplog.records == []
 
 
-def test_a_runner_whose_process_is_gone_is_told_in_a_line():
-    said = (
-        "<_MultiThreadedRendezvous of RPC that terminated with:\n\tstatus = StatusCode.UNAVAILABLE\n"
-        '\tdetails = "Stream removed (Socket closed)"\n>'
+def broken_call(status: str, details: str, after: str = "") -> RuntimeError:
+    told = f'\tstatus = StatusCode.{status}\n\tdetails = "{details}"\n'
+    return RuntimeError(f"<_MultiThreadedRendezvous of RPC that terminated with:\n{told}>{after}")
+
+
+@pytest.mark.parametrize(
+    ("status", "details"),
+    [("UNAVAILABLE", "Stream removed (Socket closed)"), ("DEADLINE_EXCEEDED", "Stream removed (Deadline Exceeded)")],
+)
+def test_a_runner_whose_process_is_gone_is_told_in_a_line(status, details):
+    assert root_cause(broken_call(status, details)) == (
+        f"the runner's own process no longer answers ({details}): it was killed, or ran out of memory, say"
     )
-    assert root_cause(RuntimeError(said)) == (
-        "the runner's own process no longer answers (UNAVAILABLE): it was killed, or ran out of memory, say"
-    )
+
+
+def test_a_runner_that_refuses_and_a_step_that_was_hung_up_on_are_told_as_they_are():
+    assert 'details = "Unknown option --foo"' in root_cause(broken_call("INVALID_ARGUMENT", "Unknown option --foo"))
+    of_step = broken_call("UNAVAILABLE", "Stream removed (Socket closed)", " [while running 'Step']")
+    assert root_cause(of_step).endswith(f"(in step Step; {HINT})")
 
 
 def test_an_error_outside_of_any_step_is_told_as_it_is():

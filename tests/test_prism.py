@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from embed_runs import PUBLISHED, contents_of, counts_of, embed, latest, rows_of
-from flink_cluster import ROOT, wait_for_work
+from flink_cluster import ROOT, wait_for_work, wait_until
 
 from pipeline.__main__ import main
 from pipeline.runners import PRISM, PRISM_PACKAGE
@@ -156,19 +156,20 @@ def test_a_step_that_fails_on_prism_is_told_and_the_next_run_publishes(
 
 
 def child_that_runs(program: Path, process_id: int) -> int | None:
-    """Returns the id of a process's child that runs a program; None where none does."""
+    """Returns the id of a process's child that runs a program; None where none is seen to."""
     for thread in Path(f"/proc/{process_id}/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            with suppress(FileNotFoundError, PermissionError):  # It has just ended.
+        # Threads and children may end at any moment.
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            for child in (thread / "children").read_text().split():
                 if os.readlink(f"/proc/{child}/exe") == str(program.resolve()):
                     return int(child)
     return None
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+@pytest.mark.skipif(not Path("/proc/thread-self/children").exists(), reason="looks for a child in /proc")
 def test_a_prism_that_is_killed_is_told_and_the_next_run_takes_up_the_work(prism, tmp_path, tiny_checkpoint):
     output, corpus = tmp_path / "out", tmp_path / "corpus.jsonl"
-    texts = [f"read the file of number {number} " * 10 for number in range(5000)]
+    texts = [f"read the file of number {number} " * 30 for number in range(5000)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = [f"--input={corpus}", f"--checkpoint={tiny_checkpoint}", "--device=cpu", "--dtype=float32"]
     # Each text in a batch of its own takes its time.
@@ -176,15 +177,16 @@ def test_a_prism_that_is_killed_is_told_and_the_next_run_takes_up_the_work(prism
     with subprocess.Popen(slow, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as submitter:
         try:
             wait_for_work(submitter, output)
-            engine = child_that_runs(PRISM, submitter.pid)
-            assert engine is not None
+            engine = wait_until("Prism is found", lambda: child_that_runs(PRISM, submitter.pid), 10)
             os.kill(engine, signal.SIGKILL)
             _, said = submitter.communicate(timeout=240)
         finally:
+            if submitter.poll() is None and (engine := child_that_runs(PRISM, submitter.pid)):
+                os.kill(engine, signal.SIGKILL)
             submitter.kill()
     assert submitter.returncode == 1, said
     [told] = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert told.startswith("error: the runner's own process no longer answers (")
+    assert told.startswith("error: the runner's own process no longer answers (Stream removed (")
     assert told.endswith("): it was killed, or ran out of memory, say")
     assert not list_published(str(output))
 
