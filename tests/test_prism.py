@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -185,9 +186,9 @@ def test_a_prism_that_is_killed_is_told_and_the_next_run_takes_up_the_work(prism
                 os.kill(engine, signal.SIGKILL)
             submitter.kill()
     assert submitter.returncode == 1, said
-    [told] = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert told.startswith("error: the runner's own process no longer answers (Stream removed (")
-    assert told.endswith("): it was killed, or ran out of memory, say")
+    # Threads of Beam's may write their tracebacks at the same moment.
+    told = r"error: the runner's own process no longer answers \(Stream removed .*\): it was killed"
+    assert re.search(told, said), said
     assert not list_published(str(output))
 
     assert run("--runner=prism", *options, output=output) == PUBLISHED
