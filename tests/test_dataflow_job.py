@@ -15,7 +15,6 @@ import pytest
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow import dataflow_runner
-from apache_beam.runners.portability.stager import Stager
 from apache_beam.utils import proto_utils
 from embed_runs import NOT_PUBLISHED, contents_of, counts_of, latest, rows_of
 from fake_dataflow import JOB_ID, FakeDataflow, run_staged, running_dataflow
@@ -24,7 +23,7 @@ from pipeline.__main__ import main
 from transforms import gcs, storage
 from transforms.snapshots import read_latest
 
-pytest_plugins = ["gcs_emulator"]
+pytest_plugins = ["gcs_emulator", "packing"]
 
 L4 = "type:nvidia-l4;count:1;install-nvidia-driver:5xx"
 IMAGE = "us-docker.pkg.dev/project-1/images/embed-corpus:1"
@@ -138,14 +137,7 @@ def test_all_machines_have_the_gpu_where_that_is_asked_for(bucket, tmp_path):
 
 
 @pytest.mark.parametrize("gpu", [[], ["--gpu=nvidia-l4"]])
-def test_without_an_image_the_package_is_staged(bucket, tmp_path, monkeypatch, gpu):
-    build, packed = Stager._build_setup_package, []
-
-    def build_and_tell(setup_file, *arguments):
-        packed.append(Path(setup_file))
-        return build(setup_file, *arguments)
-
-    monkeypatch.setattr(Stager, "_build_setup_package", staticmethod(build_and_tell))
+def test_without_an_image_the_package_is_staged(bucket, tmp_path, packed, gpu):
     job, pipeline = captured(bucket, tmp_path, "--max_num_workers=3", *gpu)
     # Packing leaves files beside setup.py: that of a copy, which is gone then.
     [path] = packed

@@ -4,10 +4,11 @@ import json
 import socket
 
 import pytest
-from apache_beam.runners.portability.stager import Stager
 
 from pipeline.__main__ import main
 from pipeline.dataflow import setup_file
+
+pytest_plugins = ["packing"]
 
 L4 = "type:nvidia-l4;count:1;install-nvidia-driver:5xx"
 IMAGE = "images/embed:1"
@@ -78,20 +79,13 @@ def test_the_sample_corpus_is_not_uploaded(offline, capsys):
     assert "  machine type      g2-standard-8" in parts["Job for Dataflow"]
 
 
-def test_a_job_with_a_gpu_needs_no_image_and_is_not_packed_in_the_checkout(offline, capsys, monkeypatch):
-    build, packed = Stager._build_setup_package, []
-
-    def build_and_tell(setup_file, *arguments):
-        packed.append(setup_file)
-        return build(setup_file, *arguments)
-
-    monkeypatch.setattr(Stager, "_build_setup_package", staticmethod(build_and_tell))
+def test_a_job_with_a_gpu_needs_no_image_and_is_not_packed_in_the_checkout(offline, capsys, packed):
     argv = ["--project=project-1", "--region=us-central1", "--bucket=bucket-1", "--gpu=nvidia-l4"]
     assert main(["dataflow", *argv, "--dry_run"]) == 0
     shown_parts = capsys.readouterr()
     assert "  disk in GB        50" in shown_parts.out.splitlines()
     [path] = packed
-    assert path != setup_file()
+    assert str(path) != setup_file()
     assert f"  --setup_file={setup_file()}" in shown_parts.out.splitlines()
     assert f"    Encode  [accelerator {L4}, min_ram_bytes 16000000000]" in shown_parts.out.splitlines()
     assert shown_parts.err.startswith("warning: without --sdk_container_image each machine installs PyTorch from PyPI")
